@@ -1,0 +1,34 @@
+# make demo   the whole way on handwritten digits: tokenizer, pre-training, fine-tuning, a page to read
+# make test   every test and check; what CI runs
+# make check  ruff and mypy alone
+# make bench  the measured tables of benchmarks/results (minutes to hours; not part of make test)
+# Each sets up .venv first. `make demo DEMO_ARGS=--fast` takes under a minute.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_ARGS ?=
+
+.PHONY: demo test check bench clean
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	$(BIN)/beit demo $(DEMO_ARGS)
+
+test: check
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/demo_seeds.py
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

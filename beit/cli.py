@@ -1,0 +1,78 @@
+"""`beit <command>`: the names, a line of help for each, and what becomes of errors.
+
+Commands are imported when they are called, so that `beit --help` never waits for torch.
+
+Exit codes: 0 done; 1 failed; 2 usage or settings; 3 done, some inputs skipped; 5 model refused;
+6 cannot write; 130 Ctrl-C and 143 SIGTERM, both after saving.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from importlib.metadata import version
+
+from cyclopts import App
+
+COMMANDS = {
+    "demo": "The whole way on handwritten digits, in minutes: tokenizer to classifier.",
+    "train-tokenizer": "Learn visual tokens from your own pictures.",
+    "pretrain": "Pre-train a BEiT on pictures without labels.",
+    "finetune": "Fine-tune a model on labelled pictures.",
+    "probe": "Linear-probe a model: logistic regression on frozen features.",
+    "evaluate": "Score a classifier on labelled pictures.",
+    "classify": "Classify pictures.",
+}
+
+EPILOGUE = """Examples:
+
+  beit demo
+  beit train-tokenizer photos/ -o tokenizer --vocab-size 1024
+  beit pretrain photos/ --tokenizer tokenizer -o pretrained -m beit_small_patch16_224
+  beit finetune flowers/ -m pretrained -o flowers.run
+  beit classify cat.jpg -m flowers.run
+
+`beit <command> --help` tells the settings of one.
+"""
+
+app = App(
+    name="beit",
+    help="BEiT vision transformers: tokenizers, pre-training, fine-tuning, classification.",
+    help_epilogue=EPILOGUE,
+    help_format="plaintext",
+    version=lambda: version("beit"),
+    result_action="return_value",
+)
+for _name, _help in COMMANDS.items():
+    _place = _name.replace("-", "_")
+    app.command(f"beit.commands.{_place}:{_place}", name=_name, help=_help)
+
+
+def main() -> None:
+    """Run one command and exit with its code. BEIT_DEBUG=1 shows where an error came from."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if os.environ.get("BEIT_DEBUG"):
+            raise
+        code = exit_code(error)
+        if code == 1:
+            raise
+        print(f"beit: {error}", file=sys.stderr)
+        sys.exit(code)
+
+
+def exit_code(error: Exception) -> int:
+    """What an error means to a script; 1 is ours, and keeps its traceback."""
+    if hasattr(error, "exit_code"):
+        return int(error.exit_code)
+    if isinstance(error, OSError):
+        full_or_forbidden = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR)
+        return 6 if error.errno in full_or_forbidden else 1
+    return 2 if isinstance(error, ValueError) else 1

@@ -1,0 +1,107 @@
+"""`beit classify`: name what is on pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+from cyclopts import Parameter
+
+from beit.data import open_source
+from beit.engine import Engine, Prediction
+from beit.precision import Precision
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Classify:
+    images: Annotated[list[Path], Parameter(consume_multiple=True, negative=())]
+    """Pictures, folders of them, or a .txt or .csv that lists them."""
+    _: KW_ONLY
+    model: Annotated[str, Parameter(alias="-m")]
+    """Model folder."""
+    top: int = 5
+    """Classes to name for each picture."""
+    out: Annotated[Path | None, Parameter(alias="-o")] = None
+    """Write to this .csv or .jsonl instead."""
+    json: bool = False
+    """Print one JSON object a picture."""
+    batch_size: int = 16
+    precision: Precision = "fp32"
+    device: str = "auto"
+
+
+class SomeSkipped(Exception):
+    """Done, but some pictures could not be read; they are named in the output."""
+
+    exit_code = 3
+
+
+def classify(settings: Classify) -> None:
+    """Classify pictures.
+
+    Example: beit classify photos/ -m flowers.run --top 3 -o out.csv
+    """
+    if settings.out is not None and settings.out.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"--out {settings.out} must end in .csv or .jsonl")
+    pictures = list(find_pictures(settings.images))
+    engine = Engine(settings.model, settings.device, settings.precision, settings.batch_size)
+    predictions = engine.classify(pictures, settings.top)
+    if settings.out is not None:
+        with settings.out.open("w", newline="") as stream:
+            write = write_csv if settings.out.suffix == ".csv" else write_jsonl
+            failed = write(predictions, stream)
+        print(f"{len(pictures)} pictures classified into {settings.out}", file=sys.stderr)
+    elif settings.json:
+        failed = write_jsonl(predictions, sys.stdout)
+    else:
+        failed = write_words(predictions, sys.stdout)
+    if failed:
+        raise SomeSkipped(f"{failed} of {len(pictures)} pictures could not be read")
+
+
+def find_pictures(places: list[Path]) -> Iterator[Path]:
+    """The pictures named, in order; folders and lists opened."""
+    for place in places:
+        if place.is_dir() or place.suffix in (".txt", ".csv"):
+            yield from open_source(place, "val").paths
+        elif place.exists():
+            yield place
+        else:
+            raise ValueError(f"{place} does not exist")
+
+
+def write_words(predictions: Iterable[Prediction], stream: TextIO) -> int:
+    """A line a picture, for people; returns how many could not be read."""
+    failed = 0
+    for prediction in predictions:
+        failed += prediction.error is not None
+        ranked = "  ".join(f"{name} {score:.1%}" for name, score in prediction.top)
+        print(f"{prediction.path}  {prediction.error or ranked}", file=stream, flush=True)
+    return failed
+
+
+def write_jsonl(predictions: Iterable[Prediction], stream: TextIO) -> int:
+    """One JSON object a picture."""
+    failed = 0
+    for prediction in predictions:
+        failed += prediction.error is not None
+        print(json.dumps(prediction.to_dict(), ensure_ascii=False), file=stream, flush=True)
+    return failed
+
+
+def write_csv(predictions: Iterable[Prediction], stream: TextIO) -> int:
+    """path, label, score, error; in the order of the pictures."""
+    failed = 0
+    writer = csv.writer(stream)
+    writer.writerow(["path", "label", "score", "error"])
+    for prediction in predictions:
+        failed += prediction.error is not None
+        row: list[Any] = [prediction.path, prediction.label, prediction.score, prediction.error]
+        writer.writerow(row)
+    return failed

@@ -1,0 +1,203 @@
+"""`beit finetune`: a pre-trained encoder and labelled pictures in, a classifier out (paper §2.6)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cyclopts import Parameter
+
+from beit.augment import CropAndFlip, normalise, to_unit
+from beit.checkpoints import load, save_model, to_classifier
+from beit.data import ImageSource, batch_at, load_ahead, open_source, sample_rng
+from beit.engine import Engine
+from beit.image import unilm_spec
+from beit.metrics import top_k_accuracy
+from beit.model import VARIANTS, BeitForImageClassification
+from beit.optim import cosine_schedule, param_groups, set_learning_rate
+from beit.precision import Precision, autocast, pick_device
+from beit.run import Run
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Finetune:
+    data: Path
+    """Folder with one sub-folder a class, or with train/ and val/ of such; or a .csv of path,label."""
+    _: KW_ONLY
+    model: Annotated[str, Parameter(alias="-m")]
+    """Model folder to start from; or the name of a size, to start from nothing."""
+    out: Annotated[Path, Parameter(alias="-o")]
+    """Run folder; becomes the model that `classify -m` takes."""
+    val: Path | None = None
+    """Labelled pictures to watch the accuracy on; DATA/val where that exists."""
+    img_size: int | None = None
+    """Pixels; the model's own where not given."""
+    crop_ratio: float | None = None
+    """Centre that evaluation looks at; 0.875 below 384 pixels where not given, 1 shows all."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block."""
+    epochs: int = 100
+    """Passes over the pictures."""
+    steps: int = 0
+    """Training steps; 0 follows `epochs`."""
+    warmup_epochs: float = 20.0
+    """At most a fifth of the run."""
+    batch_size: int = 64
+    lr: float = 1e-3
+    """Peak learning rate of the head; the paper's 4e-3 is for a batch of 1024."""
+    min_lr: float = 1e-6
+    layer_decay: float = 0.65
+    """Each layer below learns this much slower: 0.65 base, 0.75 large; 1 turns it off."""
+    weight_decay: float = 0.05
+    clip_grad_norm: float = 0.0
+    """0 turns clipping off."""
+    label_smoothing: float = 0.1
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Share of a picture's area that a crop covers."""
+    hflip: float = 0.5
+    """Probability of mirroring; 0 for writing and signs."""
+    seed: int = 0
+    precision: Precision = "auto"
+    """bf16 where the processor has it (auto), or fp32."""
+    device: str = "auto"
+    workers: int = 2
+    """Threads that prepare pictures."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    overwrite: bool = False
+    """Begin again where the folder holds a run."""
+
+
+class Batch(NamedTuple):
+    """What a step sees, still on the CPU."""
+
+    pictures: list[np.ndarray]  # uint8 (img_size, img_size, 3)
+    labels: list[int]
+
+
+def finetune(settings: Finetune) -> dict[str, float]:
+    """Fine-tune a model on labelled pictures.
+
+    Example: beit finetune flowers/ -m pretrained -o flowers.run
+    """
+    source = open_source(settings.data, labelled=True)
+    if len(source.classes) < 2:
+        raise ValueError(f"{settings.data} has one class ({source.classes[0]}); two or more are needed")
+    validation = open_validation(settings, source)
+    model = starting_model(settings, source)
+    run = Run(settings.out, settings, settings.overwrite)
+    device = pick_device(settings.device)
+    model = model.to(device).train()
+    config = model.config
+
+    layer_decay = None if settings.layer_decay == 1 else settings.layer_decay
+    groups = param_groups(model, settings.weight_decay, layer_decay, config.depth)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+    view = CropAndFlip(config.image_height_width[0], settings.crop_scale, hflip=settings.hflip)
+    steps_per_epoch = max(len(source) // settings.batch_size, 1)
+    total = settings.steps or settings.epochs * steps_per_epoch
+    warmup = min(round(settings.warmup_epochs * steps_per_epoch), total // 5)
+
+    def batch(step: int) -> Batch:
+        chosen = batch_at(step, len(source), settings.batch_size, settings.seed)
+        pictures = [view(source.read(i), sample_rng(settings.seed, epoch, i)) for epoch, i in chosen]
+        return Batch(pictures, [source.labels[i] for _, i in chosen])
+
+    started, seen = time.monotonic(), 0
+    for step, (pictures, targets) in run.steps(
+        model,
+        optimizer,
+        total,
+        lambda steps: load_ahead(batch, steps, settings.workers),
+        settings.save_every,
+        settings.seed,
+    ):
+        lr = cosine_schedule(step, total, warmup, settings.lr, settings.min_lr)
+        set_learning_rate(optimizer, lr)
+        images = normalise(to_unit(pictures, device), model.image_spec)
+        labels = torch.tensor(targets, device=device)
+        with autocast(settings.precision, device):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(
+            model.parameters(), settings.clip_grad_norm or float("inf")
+        )
+        optimizer.step()
+
+        seen += len(images)
+        if (step + 1) % settings.log_every == 0 or step + 1 == total:
+            run.log(
+                step + 1,
+                loss=loss.item(),
+                train_accuracy=(logits.argmax(dim=-1) == labels).float().mean().item(),
+                lr=lr,
+                grad_norm=norm.item(),
+                images_per_second=seen / (time.monotonic() - started),
+            )
+            started, seen = time.monotonic(), 0
+
+    model.eval()
+    result: dict[str, float] = {"steps": total}
+    if validation is not None:
+        logits = Engine(model, device=device.type, batch_size=64).logits_of(validation)
+        result["val_accuracy"] = top_k_accuracy(logits, np.array(validation.labels))
+        print(
+            f"{run.out}: {result['val_accuracy']:.1%} of {len(validation)} validation pictures right",
+            file=sys.stderr,
+        )
+    provenance: dict[str, Any] = {
+        "made_by": "beit finetune",
+        "pictures": len(source),
+        **result,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+    }
+    save_model(model, run.out, provenance)
+    return result
+
+
+def open_validation(settings: Finetune, source: ImageSource) -> ImageSource | None:
+    """The pictures to watch, their classes matched by name; None where there are none."""
+    if settings.val is not None:
+        return open_source(settings.val, "val", labelled=True).with_classes(source.classes)
+    if (settings.data / "train").is_dir() and (settings.data / "val").is_dir():
+        return open_source(settings.data, "val", labelled=True).with_classes(source.classes)
+    return None
+
+
+def starting_model(settings: Finetune, source: ImageSource) -> BeitForImageClassification:
+    """A classifier for the source's classes, from a model folder or, by a size's name, from nothing."""
+    torch.manual_seed(settings.seed)
+    if Path(settings.model).exists():
+        model, report = to_classifier(
+            load(settings.model), source.classes, settings.img_size, settings.drop_path
+        )
+        print(f"{settings.model}: {report}", file=sys.stderr)
+    elif settings.model in VARIANTS:
+        config = VARIANTS[settings.model].for_classification(len(source.classes))
+        config = replace(
+            config, img_size=settings.img_size or config.img_size, drop_path_rate=settings.drop_path
+        )
+        model = BeitForImageClassification(config)
+        model.image_spec = unilm_spec(config.image_height_width[0])
+        model.id2label = dict(enumerate(source.classes))
+        print(f"{settings.model}: a fresh network, nothing is loaded", file=sys.stderr)
+    else:
+        raise ValueError(
+            f"model {settings.model!r} is neither a folder nor a size; sizes are {', '.join(VARIANTS)}"
+        )
+    if settings.crop_ratio is not None:
+        model.image_spec = replace(model.image_spec, crop_ratio=settings.crop_ratio)
+    return model
+

@@ -1,0 +1,396 @@
+"""Visual tokenizers: pictures to grids of token ids, and back.
+
+`DalleTokenizer` is the dVAE that BEiT was trained with (encoder and decoder of OpenAI's DALL-E);
+`DiscreteVAE` is a small one to train on one's own pictures. Both keep the promise of `Tokenizer`, so
+pre-training does not know which it was given.
+
+Shapes: B batch, (H, W) pixels of the token view, (h, w) = (H, W) / stride token grid, V vocabulary,
+K code width. Pictures go in and come out as float in [0, 1]; each tokenizer maps them for itself.
+
+Ramesh et al.: arXiv 2102.12092 (dVAE); van den Oord et al.: arXiv 1711.00937 (vector quantisation).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Tokenizer(Protocol):
+    """What pre-training asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V; ids are 0 to V - 1."""
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the token view a token stands for, each way."""
+
+    @property
+    def view_size(self) -> tuple[int, int]:
+        """(H, W) of the view it was made for, in pixels."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Token ids (B, h, w) int64 of pictures (B, 3, H, W) in [0, 1]."""
+
+    def decode(self, token_ids: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] of token ids (B, h, w)."""
+
+
+def check_view(images: Tensor, stride: int) -> None:
+    """Refuse what is not a (B, 3, H, W) batch of whole tokens."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images are {tuple(images.shape)}; a tokenizer takes (B, 3, height, width)")
+    for pixels in images.shape[2:]:
+        if pixels % stride or pixels == 0:
+            below = max(pixels // stride, 1) * stride
+            raise ValueError(
+                f"a side of {pixels} pixels is not a multiple of the token stride {stride}; "
+                f"use {below} or {below + stride}"
+            )
+
+
+# --- OpenAI's dVAE --------------------------------------------------------------------------------
+
+LOGIT_LAPLACE_EPS = 0.1
+
+
+def map_pixels(images: Tensor) -> Tensor:
+    """[0, 1] to [0.1, 0.9], float32: the range the dVAE's logit-Laplace likelihood is defined on."""
+    return (1 - 2 * LOGIT_LAPLACE_EPS) * images.float() + LOGIT_LAPLACE_EPS
+
+
+def unmap_pixels(images: Tensor) -> Tensor:
+    """[0.1, 0.9] back to [0, 1]; what lies outside is cut."""
+    return ((images - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class DalleConfig:
+    """Sizes of the dVAE; the defaults are OpenAI's."""
+
+    vocab_size: int = 8192
+    n_hid: int = 256  # channels of the encoder's first and the decoder's last group
+    n_init: int = 128  # channels the decoder starts with
+    n_blk_per_group: int = 2
+    img_size: int = 112  # the token view of BEiT: 112 / 8 = 14 tokens a side
+
+
+class DalleConv2d(nn.Module):
+    """A stride-1 convolution that keeps the size; its parameters are called `w` and `b`."""
+
+    def __init__(self, n_in: int, n_out: int, kernel: int) -> None:
+        super().__init__()
+        assert kernel % 2 == 1, f"kernel {kernel} must be odd to keep the size"
+        self.w = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel) / (n_in * kernel**2) ** 0.5)
+        self.b = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class DalleBlock(nn.Module):
+    """Residual bottleneck, ReLU first; the gain 1 / (number of blocks)^2 keeps a deep stack calm."""
+
+    def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], num_blocks: int) -> None:
+        super().__init__()
+        hidden = n_out // 4
+        widths = [n_in, hidden, hidden, hidden, n_out]
+        self.post_gain = 1 / num_blocks**2
+        self.id_path = DalleConv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        path: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, kernel in enumerate(kernels):
+            path[f"relu_{i + 1}"] = nn.ReLU()
+            path[f"conv_{i + 1}"] = DalleConv2d(widths[i], widths[i + 1], kernel)
+        self.res_path = nn.Sequential(path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.id_path(x) + self.post_gain * self.res_path(x)
+
+
+def _dalle_groups(
+    widths: list[int], kernels: tuple[int, ...], per_group: int, between: tuple[str, nn.Module]
+) -> OrderedDict[str, nn.Module]:
+    """Groups of blocks from width to width, with a change of scale after each but the last."""
+    groups: OrderedDict[str, nn.Module] = OrderedDict()
+    count = len(widths) - 1
+    for g in range(count):
+        group: OrderedDict[str, nn.Module] = OrderedDict()
+        for i in range(per_group):
+            n_in = widths[g] if i == 0 else widths[g + 1]
+            group[f"block_{i + 1}"] = DalleBlock(n_in, widths[g + 1], kernels, count * per_group)
+        if g < count - 1:
+            group[between[0]] = between[1]
+        groups[f"group_{g + 1}"] = nn.Sequential(group)
+    return groups
+
+
+class DalleEncoder(nn.Module):
+    """Mapped pixels (B, 3, H, W) -> token logits (B, V, H/8, W/8)."""
+
+    def __init__(self, config: DalleConfig) -> None:
+        super().__init__()
+        n = config.n_hid
+        groups = _dalle_groups(
+            [n, n, 2 * n, 4 * n, 8 * n],
+            (3, 3, 3, 1),
+            config.n_blk_per_group,
+            ("pool", nn.MaxPool2d(2)),
+        )
+        head = OrderedDict(relu=nn.ReLU(), conv=DalleConv2d(8 * n, config.vocab_size, 1))
+        self.blocks = nn.Sequential(
+            OrderedDict(input=DalleConv2d(3, n, 7), **groups, output=nn.Sequential(head))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+class DalleDecoder(nn.Module):
+    """One-hot tokens (B, V, h, w) -> (B, 6, 8h, 8w): three channels of location, three of scale."""
+
+    def __init__(self, config: DalleConfig) -> None:
+        super().__init__()
+        n = config.n_hid
+        groups = _dalle_groups(
+            [config.n_init, 8 * n, 4 * n, 2 * n, n],
+            (1, 3, 3, 3),
+            config.n_blk_per_group,
+            ("upsample", nn.Upsample(scale_factor=2, mode="nearest")),
+        )
+        head = OrderedDict(relu=nn.ReLU(), conv=DalleConv2d(n, 6, 1))
+        stem = DalleConv2d(config.vocab_size, config.n_init, 1)
+        self.blocks = nn.Sequential(OrderedDict(input=stem, **groups, output=nn.Sequential(head)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+class DalleTokenizer(nn.Module):
+    """The dVAE of DALL-E, in float32 (the original runs most convolutions in fp16 on a GPU).
+
+    The decoder is only needed to see tokens as a picture.
+    """
+
+    def __init__(self, config: DalleConfig, with_decoder: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = DalleEncoder(config)
+        self.decoder = DalleDecoder(config) if with_decoder else None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def stride(self) -> int:
+        return 8
+
+    @property
+    def view_size(self) -> tuple[int, int]:
+        return self.config.img_size, self.config.img_size
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Token ids (B, h, w) of pictures (B, 3, H, W) in [0, 1]: the likeliest token of each place."""
+        check_view(images, self.stride)
+        return self.encoder(map_pixels(images)).argmax(dim=1)
+
+    @torch.no_grad()
+    def decode(self, token_ids: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] of token ids (B, h, w)."""
+        if self.decoder is None:
+            raise ValueError("this tokenizer was loaded without its decoder, so it cannot draw tokens")
+        one_hot = F.one_hot(token_ids, self.vocab_size).permute(0, 3, 1, 2).float()
+        return unmap_pixels(self.decoder(one_hot)[:, :3].sigmoid())
+
+
+# --- Our own --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DiscreteVAEConfig:
+    """Sizes of a `DiscreteVAE` and what keeps its codes alive."""
+
+    img_size: int = 112  # pixels of the token view
+    vocab_size: int = 8192
+    code_dim: int = 32  # K
+    hidden_dim: int = 128  # channels
+    num_layers: int = 3  # each halves the picture: stride 2^num_layers
+    quantizer: Literal["vq", "gumbel"] = "vq"
+    codebook_decay: float = 0.95  # vq: of the moving average that is the codebook
+    revive_after_steps: int = 20  # vq: a code unused this long takes a fresh place; 0 never
+    commitment: float = 0.25  # vq: pull of the encoder towards its codes
+    temperature: float = 0.9  # gumbel: of the softmax
+
+
+class DiscreteVAEOutput(NamedTuple):
+    """A training step's view of a batch."""
+
+    loss: Tensor  # scalar: reconstruction + commitment
+    reconstruction: Tensor  # (B, 3, H, W), about [0, 1]
+    reconstruction_mse: Tensor  # scalar, of pixels in [0, 1]
+    token_ids: Tensor  # (B, h, w)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + x
+
+
+class DiscreteVAE(nn.Module):
+    """A convolutional autoencoder whose bottleneck is a grid of ids: our own tokenizer.
+
+    `quantizer="vq"` (ours): encoder outputs, whitened by a batch norm and put on the unit sphere, take
+    the nearest code; the codebook is a moving average of what it was given. In training mode
+    `forward` updates it, as a batch norm updates its statistics.
+    `quantizer="gumbel"`: the published alternative, a softmax over the codes with Gumbel noise.
+    """
+
+    def __init__(self, config: DiscreteVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, k = config.hidden_dim, config.code_dim
+        vq = config.quantizer == "vq"
+        encoder: list[nn.Module] = []
+        decoder: list[nn.Module] = []
+        for i in range(config.num_layers):
+            down = nn.Conv2d(3 if i == 0 else c, c, 4, stride=2, padding=1)
+            up = nn.ConvTranspose2d(k if i == 0 else c, c, 4, stride=2, padding=1)
+            encoder += [nn.Sequential(down, nn.ReLU()), ResBlock(c)]
+            decoder += [nn.Sequential(up, nn.ReLU()), ResBlock(c)]
+        encoder.append(nn.Conv2d(c, k if vq else config.vocab_size, 1))
+        decoder.append(nn.Conv2d(c, 3, 1))
+        self.encoder = nn.Sequential(*encoder)
+        self.decoder = nn.Sequential(*decoder)
+        self.codebook = nn.Embedding(config.vocab_size, k)
+        if vq:
+            self.whiten = nn.BatchNorm2d(k, affine=False)
+            self.codebook.weight.requires_grad_(False)
+            self.codebook.weight.data = F.normalize(self.codebook.weight.data, dim=-1)
+            self.register_buffer("unused_steps", torch.full((config.vocab_size,), -1))  # -1: not started
+
+    unused_steps: Tensor
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def stride(self) -> int:
+        return int(2**self.config.num_layers)
+
+    @property
+    def view_size(self) -> tuple[int, int]:
+        return self.config.img_size, self.config.img_size
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Token ids (B, h, w) of pictures (B, 3, H, W) in [0, 1]."""
+        check_view(images, self.stride)
+        z = self.encoder(2 * images - 1)
+        return z.argmax(dim=1) if self.config.quantizer == "gumbel" else self.nearest(self.directions(z))
+
+    @torch.no_grad()
+    def decode(self, token_ids: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] of token ids (B, h, w)."""
+        return self.draw(self.codebook(token_ids).permute(0, 3, 1, 2)).clamp(0, 1)
+
+    def forward(self, images: Tensor) -> DiscreteVAEOutput:
+        """Encode, quantise, decode, compare. images: (B, 3, H, W) in [0, 1]."""
+        check_view(images, self.stride)
+        z = self.encoder(2 * images - 1)
+        quantise = self.quantise_gumbel if self.config.quantizer == "gumbel" else self.quantise_vq
+        codes, token_ids, commitment = quantise(z)
+        reconstruction = self.draw(codes)
+        mse = F.mse_loss(reconstruction.float(), images)
+        return DiscreteVAEOutput(mse + commitment, reconstruction, mse.detach(), token_ids)
+
+    def draw(self, codes: Tensor) -> Tensor:
+        """Code vectors (B, K, h, w) -> pixels (B, 3, H, W), not cut to [0, 1]."""
+        return (self.decoder(codes) + 1) / 2
+
+    def quantise_gumbel(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights = F.gumbel_softmax(z, tau=self.config.temperature, dim=1)  # (B, V, h, w)
+        codes = torch.einsum("bvhw,vk->bkhw", weights, self.codebook.weight)
+        return codes, z.argmax(dim=1), z.new_zeros(())
+
+    def quantise_vq(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        directions = self.directions(z)  # (B, h, w, K)
+        token_ids = self.nearest(directions)
+        if self.training:
+            token_ids = self.update_codebook(directions.detach().flatten(0, 2), token_ids)
+        codes = self.codebook(token_ids).to(directions.dtype)
+        commitment = self.config.commitment * (codes - directions).square().sum(dim=-1).mean()
+        codes = directions + (codes - directions).detach()  # gradients go straight through
+        return codes.permute(0, 3, 1, 2), token_ids, commitment
+
+    def directions(self, z: Tensor) -> Tensor:
+        """Encoder outputs (B, K, h, w) as unit vectors (B, h, w, K), float32.
+
+        Whitening first spreads them over the sphere, so that all of it is worth a code.
+        """
+        return F.normalize(self.whiten(z.float()).permute(0, 2, 3, 1), dim=-1)
+
+    def nearest(self, directions: Tensor) -> Tensor:
+        """Ids (...) of the nearest codes of unit vectors (..., K): the largest cosine."""
+        return (directions @ self.codebook.weight.T).argmax(dim=-1)
+
+    @torch.no_grad()
+    def update_codebook(self, directions: Tensor, token_ids: Tensor) -> Tensor:
+        """Move used codes towards what they were given, give idle ones a new place; the ids after it.
+
+        directions: (B*h*w, K) unit vectors; token_ids: (B, h, w).
+        """
+        codebook = self.codebook.weight
+        if bool(self.unused_steps[0] < 0):
+            codebook.copy_(k_means(directions, self.vocab_size))
+            self.unused_steps.zero_()
+            token_ids = self.nearest(directions).view_as(token_ids)
+        ids = token_ids.flatten()
+        sums = torch.zeros_like(codebook).index_add_(0, ids, directions)
+        used = torch.bincount(ids, minlength=self.vocab_size) > 0
+        decay = self.config.codebook_decay
+        moved = F.normalize(decay * codebook + (1 - decay) * F.normalize(sums, dim=-1), dim=-1)
+        codebook.copy_(torch.where(used[:, None], moved, codebook))
+        self.unused_steps.copy_(torch.where(used, 0, self.unused_steps + 1))
+        if self.config.revive_after_steps:
+            idle = torch.nonzero(self.unused_steps >= self.config.revive_after_steps).flatten()
+            idle = idle[: len(directions)]
+            places = torch.randperm(len(directions), device=directions.device)[: len(idle)]
+            codebook[idle] = directions[places]
+            self.unused_steps[idle] = 0
+        return token_ids
+
+
+@torch.no_grad()
+def k_means(vectors: Tensor, clusters: int, iterations: int = 10) -> Tensor:
+    """Spherical k-means: (n, K) unit vectors -> (clusters, K) unit centres.
+
+    With fewer vectors than clusters some start as copies; a centre that loses all stays where it was.
+    """
+    count = len(vectors)
+    order = torch.randperm(count, device=vectors.device)
+    centres = vectors[order.repeat(-(-clusters // count))[:clusters]].clone()
+    for _ in range(iterations):
+        nearest = (vectors @ centres.T).argmax(dim=-1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        used = sums.square().sum(dim=-1, keepdim=True) > 0
+        centres = torch.where(used, F.normalize(sums, dim=-1), centres)
+    return centres

@@ -1,0 +1,101 @@
+"""Pictures of what happens: a masked image, its tokens drawn, reconstructions, curves.
+
+Shapes: an image is uint8 (height, width, 3); a mask bool (h, w).
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+GREY = 127  # what a masked patch looks like
+COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [0, 1] -> uint8 (B, H, W, 3)."""
+    scaled = images.detach().float().clamp(0, 1).mul(255).round().byte()
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def hide_patches(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The image with its masked patches greyed out."""
+    return np.where(spread(mask, image.shape[:2])[..., None], np.uint8(GREY), image)
+
+
+def spread(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A patch mask (h, w) as a pixel mask of (height, width), whole multiples of it."""
+    h, w = mask.shape
+    return np.kron(mask, np.ones((size[0] // h, size[1] // w), dtype=bool))
+
+
+def strip(rows: Sequence[Sequence[np.ndarray]], side: int = 96, gap: int = 4) -> Image.Image:
+    """A sheet of pictures, one row a sample, each drawn `side` pixels high and wide."""
+    columns = max(len(row) for row in rows)
+    sheet = Image.new(
+        "RGB", (columns * (side + gap) + gap, len(rows) * (side + gap) + gap), (255, 255, 255)
+    )
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            tile = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(tile, (gap + x * (side + gap), gap + y * (side + gap)))
+    return sheet
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """An image as the content of a PNG file."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", optimize=True)
+    return stream.getvalue()
+
+
+def img_tag(image: Image.Image, alt: str) -> str:
+    """An image as an HTML element that carries its own data."""
+    data = base64.b64encode(png_bytes(image)).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def line_chart(
+    lines: dict[str, list[tuple[float, float]]], x_label: str, y_label: str, width: int = 460
+) -> str:
+    """Curves as an SVG element: {name: [(x, y), ...]}, points that are not finite left out."""
+    height, left, bottom, top, right = round(width * 0.56), 54, 40, 14, 12
+    clean = {
+        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+        for name, points in lines.items()
+    }
+    points = [point for line in clean.values() for point in line]
+    if not points:
+        return "<p>no numbers yet</p>"
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points, strict=True))
+    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = left + (x - x0) / (x1 - x0) * (width - left - right)
+        return across, height - bottom - (y - y0) / (y1 - y0) * (height - bottom - top)
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(y_label)}">']
+    for i in range(5):
+        y_value, x_value = y0 + (y1 - y0) * i / 4, x0 + (x1 - x0) * i / 4
+        _, y = place(x0, y_value)
+        x, _ = place(x_value, y0)
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{y_value:.3g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{x_value:.4g}</text>')
+    for i, (name, line) in enumerate(clean.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
+        if len(clean) > 1:
+            parts.append(f'<text x="{left + 8 + 130 * i}" y="{top + 6}" fill="{colour}">{html.escape(name)}</text>')
+    middle = (left + width - right) / 2
+    parts.append(f'<text x="{middle}" y="{height - 6}" text-anchor="middle">{html.escape(x_label)}</text>')
+    parts.append(f'<text x="4" y="{top - 3}">{html.escape(y_label)}</text></svg>')
+    return "".join(parts)
