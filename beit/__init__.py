@@ -1,0 +1,96 @@
+"""BEiT vision transformers: tokenizers, masked pre-training, fine-tuning, probes, classification.
+
+The public names; each is imported when it is first used, so that `import beit` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from beit.checkpoints import (
+        CheckpointError,
+        LoadReport,
+        load,
+        load_tokenizer,
+        save_model,
+        save_tokenizer,
+        to_classifier,
+    )
+    from beit.engine import Engine, Prediction
+    from beit.features import extract_features
+    from beit.image import BadImage, ImageSpec, preprocess, read_image
+    from beit.masking import sample_mask
+    from beit.model import (
+        VARIANTS,
+        Beit,
+        BeitConfig,
+        BeitForImageClassification,
+        BeitForMaskedImageModeling,
+    )
+    from beit.tokenizer import (
+        DalleConfig,
+        DalleTokenizer,
+        DiscreteVAE,
+        DiscreteVAEConfig,
+        Tokenizer,
+    )
+
+__version__ = version("beit")
+
+_PLACES = {
+    "beit.checkpoints": (
+        "CheckpointError", "LoadReport", "load", "load_tokenizer", "save_model", "save_tokenizer",
+        "to_classifier",
+    ),
+    "beit.engine": ("Engine", "Prediction"),
+    "beit.features": ("extract_features",),
+    "beit.image": ("BadImage", "ImageSpec", "preprocess", "read_image"),
+    "beit.masking": ("sample_mask",),
+    "beit.model": (
+        "VARIANTS", "Beit", "BeitConfig", "BeitForImageClassification", "BeitForMaskedImageModeling",
+    ),
+    "beit.tokenizer": ("DalleConfig", "DalleTokenizer", "DiscreteVAE", "DiscreteVAEConfig", "Tokenizer"),
+}  # fmt: skip
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+
+__all__ = [
+    "VARIANTS",
+    "BadImage",
+    "Beit",
+    "BeitConfig",
+    "BeitForImageClassification",
+    "BeitForMaskedImageModeling",
+    "CheckpointError",
+    "DalleConfig",
+    "DalleTokenizer",
+    "DiscreteVAE",
+    "DiscreteVAEConfig",
+    "Engine",
+    "ImageSpec",
+    "LoadReport",
+    "Prediction",
+    "Tokenizer",
+    "__version__",
+    "extract_features",
+    "load",
+    "load_tokenizer",
+    "preprocess",
+    "read_image",
+    "sample_mask",
+    "save_model",
+    "save_tokenizer",
+    "to_classifier",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACE_OF:
+        raise AttributeError(f"module 'beit' has no attribute {name!r}")
+    return getattr(import_module(_PLACE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

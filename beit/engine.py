@@ -102,7 +102,8 @@ class Engine:
         spec = self.model.image_spec
         parts = np.array_split(np.arange(len(source)), -(-len(source) // self.batch_size))
         scored = [
-            self.logits(np.stack([preprocess(source.read(int(i)), spec) for i in part])) for part in parts
+            self.logits(np.stack([preprocess(source.read(int(i)), spec) for i in part]))
+            for part in parts
         ]
         return torch.cat(scored).numpy()
 

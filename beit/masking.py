@@ -100,6 +100,12 @@ def _check(
             f"no block of {min_block} patches fits a {height} x {width} grid, since a block never "
             f"spans it; use min_block 1 to {largest}"
         )
+    narrowest = round(math.sqrt(min_block * aspect))  # the short side of the longest block
+    if narrowest >= min(height, width):
+        raise ValueError(
+            f"a block of {min_block} patches, even {1 / aspect:.3g} times as long as wide, is {narrowest} "
+            f"or more across and never fits a {height} x {width} grid; use a smaller min_block"
+        )
     if max_block is not None and max_block < min_block:
         raise ValueError(f"max_block {max_block} is smaller than min_block {min_block}")
     if not exact and num_masked < min_block:

@@ -112,9 +112,17 @@ def geometric_coordinates(source_side: int, target_side: int) -> np.ndarray:
     return np.concatenate([-positive[::-1], [0.0], positive])
 
 
-@torch.compiler.assume_constant_result  # numbers of the sizes alone: a compiler need not look inside
 def _spline_matrix(source_side: int, target_side: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.tensor(_spline_rows(source_side, target_side), dtype=torch.float64)
     return torch.from_numpy(spline_matrix(source_side, target_side))
+
+
+@torch.compiler.assume_constant_result  # numbers of the sizes alone: a compiler need not look inside
+def _spline_rows(source_side: int, target_side: int) -> list[list[float]]:
+    # Lists, since torch 2.13 refuses a second constant tensor of the same function in one graph.
+    rows: list[list[float]] = spline_matrix(source_side, target_side).tolist()
+    return rows
 
 
 @functools.lru_cache(maxsize=64)

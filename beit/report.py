@@ -46,7 +46,8 @@ class Page:
         """A table; all but its first column is right-aligned."""
         cells = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in head)
         lines = [
-            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+            for row in rows
         ]
         table = f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
         self.parts.append(f'<div class="scroll">{table}</div>')

@@ -49,10 +49,10 @@ def check_view(images: Tensor, stride: int) -> None:
         raise ValueError(f"images are {tuple(images.shape)}; a tokenizer takes (B, 3, height, width)")
     for pixels in images.shape[2:]:
         if pixels % stride or pixels == 0:
-            below = max(pixels // stride, 1) * stride
+            below = pixels // stride * stride
+            nearest = f"{below} or {below + stride}" if below else f"{stride}"
             raise ValueError(
-                f"a side of {pixels} pixels is not a multiple of the token stride {stride}; "
-                f"use {below} or {below + stride}"
+                f"a side of {pixels} pixels is not a multiple of the token stride {stride}; use {nearest}"
             )
 
 

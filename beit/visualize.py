@@ -88,14 +88,20 @@ def line_chart(
         x, _ = place(x_value, y0)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{y_value:.3g}</text>')
-        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{x_value:.4g}</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{x_value:.4g}</text>'
+        )
     for i, (name, line) in enumerate(clean.items()):
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
         if len(clean) > 1:
-            parts.append(f'<text x="{left + 8 + 130 * i}" y="{top + 6}" fill="{colour}">{html.escape(name)}</text>')
+            parts.append(
+                f'<text x="{left + 8 + 130 * i}" y="{top + 6}" fill="{colour}">{html.escape(name)}</text>'
+            )
     middle = (left + width - right) / 2
-    parts.append(f'<text x="{middle}" y="{height - 6}" text-anchor="middle">{html.escape(x_label)}</text>')
+    parts.append(
+        f'<text x="{middle}" y="{height - 6}" text-anchor="middle">{html.escape(x_label)}</text>'
+    )
     parts.append(f'<text x="4" y="{top - 3}">{html.escape(y_label)}</text></svg>')
     return "".join(parts)

@@ -70,7 +70,7 @@ class Variant:
 VARIANTS = (
     Variant("full", seeds=2),
     Variant("bfloat16 codes", seeds=2, bfloat16_codes=True),
-    Variant("constant lr", seeds=2, constant_lr=True),
+    Variant("constant lr", constant_lr=True),
     Variant("- batch norm", seeds=2, whiten=False),
     Variant("- batch norm, lr 0.001", lr=1e-3, whiten=False),
     Variant("- k-means", seeds=2, k_means=False),
@@ -81,7 +81,11 @@ VARIANTS = (
     Variant("none of the three", whiten=False, k_means=False, revive_after_steps=0),
     Variant("EMA 0.99", codebook_decay=0.99),
     Variant("EMA 0.8", codebook_decay=0.8),
-    Variant("commitment 0", commitment=0.0),
+    Variant("commitment 0", seeds=2, commitment=0.0),
+    Variant("commitment 0 - batch norm", commitment=0.0, whiten=False),
+    Variant("commitment 0 - k-means", commitment=0.0, k_means=False),
+    Variant("commitment 0 - revival", commitment=0.0, revive_after_steps=0),
+    Variant("commitment 0.02", commitment=0.02),
     Variant("commitment 1", commitment=1.0),
     Variant("K 8", code_dim=8),
     Variant("K 16", code_dim=16),
@@ -93,7 +97,9 @@ VARIANTS = (
     Variant("V 8192 full", vocab_size=8192),
     Variant("V 8192 - revival", vocab_size=8192, revive_after_steps=0),
     Variant("V 8192, bfloat16 codes", vocab_size=8192, bfloat16_codes=True),
+    Variant("V 8192, commitment 0", vocab_size=8192, commitment=0.0),
     Variant("600 steps full", steps=600),
+    Variant("600 steps, commitment 0", steps=600, commitment=0.0),
     Variant("600 steps gumbel, annealed", steps=600, gumbel=True, anneal_to=1 / 16),
 )
 

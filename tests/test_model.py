@@ -473,6 +473,12 @@ def new_data(model: Beit) -> Beit:
     return model
 
 
+def data_in_place(model: Beit) -> Beit:
+    for table in model._bias_tables():
+        table.data.mul_(2)
+    return model
+
+
 @torch.no_grad()
 def a_deep_copy_that_is_changed(model: Beit) -> Beit:
     return a_copy_in_place(copy.deepcopy(model))
@@ -514,6 +520,7 @@ def agrees_with_a_fresh_model(model: Beit) -> None:
         an_assigned_state_dict,
         a_copy_in_place,
         new_data,
+        data_in_place,
         a_deep_copy_that_is_changed,
         another_grid_in_between,
         a_cache_made_in_inference_mode,
@@ -658,6 +665,8 @@ def test_images_that_do_not_fit_are_refused_with_what_does(shape: tuple[int, ...
         (torch.zeros(1, 16, dtype=torch.bool), r"torch.bool \(1, 16\).*need torch.bool \(2, 16\)"),
         (torch.zeros(2, 16), r"torch.float32 \(2, 16\).*need torch.bool \(2, 16\)"),
         (torch.zeros(2, 16, dtype=torch.int64), r"torch.int64 \(2, 16\)"),
+        (torch.zeros(2, 2, 8, dtype=torch.bool), r"\(2, 2, 8\).*\(2, 16\) or \(2, 4, 4\)"),
+        (torch.zeros(16, dtype=torch.bool), r"torch.bool \(16,\)"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused_with_what_does(mask: Tensor, words: str) -> None:
@@ -943,6 +952,16 @@ def test_compiled_model_is_one_graph_with_equal_results_and_gradients(kind: type
         results.append([output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for ours, plain in zip(*results, strict=True):
         close(ours, plain, 1e-6)
+
+
+@torch.no_grad()
+def test_compiled_model_takes_other_sizes() -> None:
+    torch._dynamo.reset()
+    model, _ = model_and_inputs(BeitForImageClassification, 2)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for size in [(48, 40), (40, 64), (32, 32)]:
+        x = images(2, 3, *size)
+        close(compiled(x), model(x), 1e-6)
 
 
 @every_kind

@@ -61,7 +61,9 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
         return result
     table = Table(title=f"{settings.model} on {settings.data}")
     for column in ("class", "pictures", "right", "most often taken for"):
-        table.add_column(column, justify="left" if column in ("class", "most often taken for") else "right")
+        table.add_column(
+            column, justify="left" if column in ("class", "most often taken for") else "right"
+        )
     for i, name in enumerate(engine.labels):
         count = int(confusion[i].sum())
         if count:

@@ -200,4 +200,3 @@ def starting_model(settings: Finetune, source: ImageSource) -> BeitForImageClass
     if settings.crop_ratio is not None:
         model.image_spec = replace(model.image_spec, crop_ratio=settings.crop_ratio)
     return model
-

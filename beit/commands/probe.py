@@ -57,7 +57,9 @@ def probe(settings: Probe) -> dict[str, float | int | str]:
     train = open_source(settings.data, "train", labelled=True)
     test = open_source(settings.data, settings.split, labelled=True).with_classes(train.classes)
     if train.paths == test.paths:
-        raise ValueError(f"{settings.data} needs a train and a {settings.split} folder, to score on others")
+        raise ValueError(
+            f"{settings.data} needs a train and a {settings.split} folder, to score on others"
+        )
     model = load(settings.model)
     layer = default_layer(model.config.depth) if settings.layer is None else settings.layer
     result: dict[str, float | int | str] = {"layer": layer, "pooling": settings.pooling}
@@ -73,7 +75,9 @@ def probe(settings: Probe) -> dict[str, float | int | str]:
         print(json.dumps(result))
     else:
         beside = (
-            f"; the same network untrained {result['untrained_accuracy']:.1%}" if settings.baseline else ""
+            f"; the same network untrained {result['untrained_accuracy']:.1%}"
+            if settings.baseline
+            else ""
         )
         print(
             f"linear probe of layer {layer}, {settings.pooling}: "

@@ -102,9 +102,7 @@ def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
 
     def batch(step: int) -> list[np.ndarray]:
         chosen = batch_at(step, len(source), settings.batch_size, settings.seed)
-        return [
-            view(source.read(index), sample_rng(settings.seed, epoch, index)) for epoch, index in chosen
-        ]
+        return [view(source.read(i), sample_rng(settings.seed, epoch, i)) for epoch, i in chosen]
 
     counts = torch.zeros(settings.vocab_size, dtype=torch.int64)
     errors: list[Tensor] = []
