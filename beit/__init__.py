@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         DiscreteVAEConfig,
         Tokenizer,
     )
+    from beit.vqkd import VQKD, VQKDConfig
 
 __version__ = version("beit")
 
@@ -53,11 +54,13 @@ _PLACES = {
         "VARIANTS", "Beit", "BeitConfig", "BeitForImageClassification", "BeitForMaskedImageModeling",
     ),
     "beit.tokenizer": ("DalleConfig", "DalleTokenizer", "DiscreteVAE", "DiscreteVAEConfig", "Tokenizer"),
+    "beit.vqkd": ("VQKD", "VQKDConfig"),
 }  # fmt: skip
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
 __all__ = [
     "VARIANTS",
+    "VQKD",
     "BadImage",
     "Beit",
     "BeitConfig",
@@ -73,6 +76,7 @@ __all__ = [
     "LoadReport",
     "Prediction",
     "Tokenizer",
+    "VQKDConfig",
     "__version__",
     "extract_features",
     "load",

@@ -33,6 +33,7 @@ from beit.model import (
 )
 from beit.relative_position import relative_position_index, resize_bias_table
 from beit.tokenizer import DalleConfig, DalleTokenizer, DiscreteVAE, DiscreteVAEConfig
+from beit.vqkd import VQKD, VQKDConfig
 
 FORMAT = 1  # of what stands under the `beit` key
 
@@ -291,23 +292,23 @@ def load(source: str | Path) -> Beit:
     return model.requires_grad_(True).eval()
 
 
-TOKENIZERS: dict[str, Callable[[dict[str, Any]], DiscreteVAE | DalleTokenizer]] = {
+AnyTokenizer = DiscreteVAE | DalleTokenizer | VQKD
+TOKENIZERS: dict[str, Callable[[dict[str, Any]], AnyTokenizer]] = {
     "beit-discrete-vae": lambda sizes: DiscreteVAE(DiscreteVAEConfig(**sizes)),
     "beit-dalle-dvae": lambda sizes: DalleTokenizer(DalleConfig(**sizes)),
+    "beit-vqkd": lambda sizes: VQKD(VQKDConfig(**sizes)),
 }
+MODEL_TYPES = {DiscreteVAE: "beit-discrete-vae", DalleTokenizer: "beit-dalle-dvae", VQKD: "beit-vqkd"}
 
 
 def save_tokenizer(
-    tokenizer: DiscreteVAE | DalleTokenizer,
-    folder: str | Path,
-    provenance: dict[str, Any] | None = None,
+    tokenizer: AnyTokenizer, folder: str | Path, provenance: dict[str, Any] | None = None
 ) -> None:
     """Write a tokenizer as a folder that `load_tokenizer` and `beit pretrain --tokenizer` read."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dvae = isinstance(tokenizer, DiscreteVAE)
     config = {
-        "model_type": "beit-discrete-vae" if dvae else "beit-dalle-dvae",
+        "model_type": MODEL_TYPES[type(tokenizer)],
         "sizes": dataclasses.asdict(tokenizer.config),
         "provenance": provenance or {},
     }
@@ -316,7 +317,7 @@ def save_tokenizer(
     write_atomically(folder / "config.json", _json(config))
 
 
-def load_tokenizer(source: str | Path) -> DiscreteVAE | DalleTokenizer:
+def load_tokenizer(source: str | Path) -> AnyTokenizer:
     """Read a tokenizer folder, in evaluation mode. Raises CheckpointError."""
     folder = Path(source)
     content = _read_config(folder)

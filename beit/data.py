@@ -81,8 +81,13 @@ def open_source(location: str | Path, split: str = "train", labelled: bool = Fal
     return source
 
 
+def list_pictures(root: Path) -> list[Path]:
+    """All pictures in a folder and below it, in the order of their names."""
+    return [p for p in sorted(root.rglob("*")) if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file()]
+
+
 def _read_folder(root: Path) -> ImageSource:
-    files = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file()]
+    files = list_pictures(root)
     inside = [p.relative_to(root).parts for p in files]
     classes = sorted({parts[0] for parts in inside if len(parts) > 1})
     if not classes or any(len(parts) == 1 for parts in inside):

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
 
 from beit.image import ImageSpec, unilm_spec
 from beit.relative_position import (
@@ -405,7 +406,7 @@ class Beit(nn.Module):
         ]
         return biases * self.config.depth if self.rel_pos_bias is not None else biases
 
-    def train(self, mode: bool = True) -> Beit:
+    def train(self, mode: bool = True) -> Self:
         self._bias_cache = {}
         return super().train(mode)
 

@@ -60,7 +60,7 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, penalty: float
         return loss
 
     with torch.enable_grad():
-        solver.step(closure)  # type: ignore[arg-type]  # torch annotates closures as returning float
+        solver.step(closure)
     return LinearProbe(mean, std, weight.detach(), bias.detach(), penalty)
 
 

@@ -36,6 +36,10 @@ class Tokenizer(Protocol):
     def view_size(self) -> tuple[int, int]:
         """(H, W) of the view it was made for, in pixels."""
 
+    @property
+    def can_draw(self) -> bool:
+        """Whether `decode` gives pictures."""
+
     def encode(self, images: Tensor) -> Tensor:
         """Token ids (B, h, w) int64 of pictures (B, 3, H, W) in [0, 1]."""
 
@@ -196,6 +200,10 @@ class DalleTokenizer(nn.Module):
     def view_size(self) -> tuple[int, int]:
         return self.config.img_size, self.config.img_size
 
+    @property
+    def can_draw(self) -> bool:
+        return self.decoder is not None
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Token ids (B, h, w) of pictures (B, 3, H, W) in [0, 1]: the likeliest token of each place."""
@@ -299,6 +307,10 @@ class DiscreteVAE(nn.Module):
     @property
     def view_size(self) -> tuple[int, int]:
         return self.config.img_size, self.config.img_size
+
+    @property
+    def can_draw(self) -> bool:
+        return True
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

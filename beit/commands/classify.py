@@ -12,7 +12,7 @@ from typing import Annotated, Any, TextIO
 
 from cyclopts import Parameter
 
-from beit.data import open_source
+from beit.data import list_pictures, open_source
 from beit.engine import Engine, Prediction
 from beit.precision import Precision
 
@@ -68,8 +68,13 @@ def classify(settings: Classify) -> None:
 def find_pictures(places: list[Path]) -> Iterator[Path]:
     """The pictures named, in order; folders and lists opened."""
     for place in places:
-        if place.is_dir() or place.suffix in (".txt", ".csv"):
-            yield from open_source(place, "val").paths
+        if place.is_dir():
+            below = list_pictures(place)
+            if not below:
+                raise ValueError(f"{place} holds no pictures")
+            yield from below
+        elif place.suffix in (".txt", ".csv"):
+            yield from open_source(place).paths
         elif place.exists():
             yield place
         else:

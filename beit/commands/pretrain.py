@@ -23,7 +23,7 @@ from beit.model import VARIANTS, BeitForMaskedImageModeling
 from beit.optim import cosine_schedule, param_groups, set_learning_rate
 from beit.precision import Precision, autocast, pick_device
 from beit.run import Run
-from beit.tokenizer import DalleTokenizer, DiscreteVAE
+from beit.tokenizer import Tokenizer
 from beit.visualize import hide_patches, png_bytes, strip, to_bytes
 
 
@@ -105,7 +105,7 @@ def pretrain(settings: Pretrain) -> dict[str, float]:
         raise ValueError(f"model {settings.model!r} is not known; known are {', '.join(VARIANTS)}")
     run = Run(settings.out, settings, settings.overwrite)
     device = pick_device(settings.device)
-    tokenizer = tokenizer.to(device, memory_format=torch.channels_last)
+    tokenizer.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     config = VARIANTS[settings.model].for_pretraining(tokenizer.vocab_size)
     config = replace(
@@ -188,10 +188,9 @@ def pretrain(settings: Pretrain) -> dict[str, float]:
             started, seen = time.monotonic(), 0
 
     model.eval()
-    sample = batch(max(total - 1, 0))
-    (run.out / "predictions.png").write_bytes(
-        png_bytes(strip(draw_predictions(model, tokenizer, sample, device)))
-    )
+    if tokenizer.can_draw:
+        sheet = strip(draw_predictions(model, tokenizer, batch(total - 1), device))
+        (run.out / "predictions.png").write_bytes(png_bytes(sheet))
     provenance: dict[str, Any] = {
         "made_by": "beit pretrain",
         "pictures": len(source),
@@ -213,7 +212,7 @@ def pretrain(settings: Pretrain) -> dict[str, float]:
 @torch.no_grad()
 def draw_predictions(
     model: BeitForMaskedImageModeling,
-    tokenizer: DiscreteVAE | DalleTokenizer,
+    tokenizer: Tokenizer,
     batch: Batch,
     device: torch.device,
     most: int = 8,

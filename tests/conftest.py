@@ -1,0 +1,91 @@
+"""What several test files stand on: golden files, a small learnable dataset, the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import beit
+
+ROOT = Path(beit.__file__).parents[1]
+# Beside an installed copy, the package under test comes first for child processes too.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+def draw_shape(shape: str, size: int, rng: np.random.Generator) -> Image.Image:
+    """A coloured shape on a dark ground; its class shows in shape and colour."""
+    colours = {"disc": (230, 60, 40), "square": (50, 90, 230), "triangle": (60, 200, 80)}
+    ground = tuple(int(v) for v in rng.integers(0, 60, 3))
+    picture = Image.new("RGB", (size, size), ground)
+    drawing = ImageDraw.Draw(picture)
+    radius = int(rng.integers(size // 4, size // 2 - 2))
+    x, y = (int(v) for v in rng.integers(radius, size - radius, 2))
+    box = [x - radius, y - radius, x + radius, y + radius]
+    if shape == "disc":
+        drawing.ellipse(box, fill=colours[shape])
+    elif shape == "square":
+        drawing.rectangle(box, fill=colours[shape])
+    else:
+        corners = [(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)]
+        drawing.polygon(corners, fill=colours[shape])
+    return picture
+
+
+def write_shapes(folder: Path, per_class: int, seed: int, size: int = 36) -> Path:
+    """One folder a class: disc, square, triangle."""
+    rng = np.random.default_rng(seed)
+    for shape in ("disc", "square", "triangle"):
+        (folder / shape).mkdir(parents=True)
+        for number in range(per_class):
+            draw_shape(shape, size, rng).save(folder / shape / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ with 36 and val/ with 15 pictures of three classes. To be read only."""
+    root = tmp_path_factory.mktemp("shapes")
+    write_shapes(root / "train", 12, seed=0)
+    write_shapes(root / "val", 5, seed=1)
+    return root
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """`beit ...` in this process: (exit code, stdout, stderr)."""
+    from beit.cli import main
+
+    def call(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["beit", *map(str, words)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def beit_process() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python -m beit ...` in a process of its own, from a folder of one's choice."""
+
+    def call(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "error", "-m", "beit", *map(str, words)]
+        return subprocess.run(
+            command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        )
+
+    return call

@@ -1,0 +1,215 @@
+"""Parameter groups, schedule and a short training, against numbers of the original code."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from beit.model import (
+    VARIANTS,
+    Beit,
+    BeitConfig,
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+)
+from beit.optim import (
+    cosine_schedule,
+    has_weight_decay,
+    layer_id,
+    layer_scale,
+    param_groups,
+    set_learning_rate,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+FINETUNE, PRETRAIN = "optim-v1-finetune-base-decay0.65", "optim-v1-pretrain-base"
+
+
+def golden_groups(name: str) -> tuple[Beit, dict[str, Any], list[dict[str, Any]]]:
+    """A model without memory, what the original says of its parameters, and our groups."""
+    expected = json.loads((GOLDEN / f"{name}.json").read_text())
+    with torch.device("meta"):
+        model: Beit
+        if name == PRETRAIN:
+            model = BeitForMaskedImageModeling(VARIANTS["beit_base_patch16_224_8k_vocab"])
+        else:
+            model = BeitForImageClassification(VARIANTS["beit_base_patch16_224"])
+    decay = expected["base_weight_decay"]
+    return model, expected, param_groups(model, decay, expected["layer_decay"], model.config.depth)
+
+
+@pytest.mark.parametrize("name", [FINETUNE, PRETRAIN])
+def test_each_parameter_has_the_decay_and_the_rate_of_the_original(name: str) -> None:
+    _, expected, groups = golden_groups(name)
+    ours = {
+        key: (group["lr_scale"], group["weight_decay"], list(parameter.shape))
+        for group in groups
+        for key, parameter in zip(group["names"], group["params"], strict=True)
+    }
+    theirs = {
+        key: (row["lr_scale"], row["weight_decay"], row["shape"]) for key, row in expected["params"].items()
+    }
+    assert ours.keys() == theirs.keys()
+    for key, (scale, decay, shape) in theirs.items():
+        assert ours[key] == (pytest.approx(scale, rel=1e-12), decay, shape), key
+
+
+@pytest.mark.parametrize(("name", "count"), [(FINETUNE, 28), (PRETRAIN, 2)])
+def test_groups_are_those_of_the_original(name: str, count: int) -> None:
+    _, expected, groups = golden_groups(name)
+    assert len(groups) == expected["num_groups"] == count
+    ours = [(g["weight_decay"], len(g["params"]), g["names"][0], g["names"][-1]) for g in groups]
+    theirs = [(g["weight_decay"], g["num_params"], g["first"], g["last"]) for g in expected["groups"]]
+    assert sorted(ours) == sorted(theirs)
+
+
+def test_layers_are_numbered_as_in_the_original() -> None:
+    _, expected, _ = golden_groups(FINETUNE)
+    for name, row in expected["params"].items():
+        assert layer_id(name, 12) == row["layer_id"], name
+    scales = [layer_scale(layer, 12, 0.65) for layer in range(14)]
+    assert scales == pytest.approx(expected["layer_scales"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("mask_token", 0), ("pos_embed", 0), ("rel_pos_bias.relative_position_bias_table", 13),
+     ("norm.weight", 13), ("lm_head.bias", 13), ("cls_pt_layers.0.norm1.weight", 13)],
+)  # fmt: skip
+def test_tokens_belong_below_and_what_follows_the_blocks_above(name: str, layer: int) -> None:
+    assert layer_id(name, 12) == layer
+
+
+def test_mask_token_and_bias_tables_decay_but_class_token_and_positions_do_not() -> None:
+    matrix = torch.zeros(1, 1, 4)
+    assert has_weight_decay("mask_token", matrix)
+    assert has_weight_decay("rel_pos_bias.relative_position_bias_table", matrix)
+    assert not has_weight_decay("cls_token", matrix)
+    assert not has_weight_decay("pos_embed", matrix)
+    assert not has_weight_decay("blocks.0.attn.proj.bias", matrix)
+    assert not has_weight_decay("blocks.0.gamma_1", torch.zeros(4))
+
+
+def test_every_trained_parameter_is_in_one_group_and_no_frozen_one_is() -> None:
+    model = BeitForImageClassification(
+        BeitConfig(img_size=16, patch_size=8, embed_dim=8, depth=2, num_heads=2, num_classes=3)
+    )
+    model.cls_token.requires_grad_(False)
+    for decay in (None, 0.5):
+        grouped = [id(p) for group in param_groups(model, 0.05, decay, 2) for p in group["params"]]
+        assert len(grouped) == len(set(grouped))
+        assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_rate_of_a_group_is_the_schedule_times_its_scale() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    groups = [
+        {"params": [model[0].weight], "lr_scale": 0.25},
+        {"params": [model[0].bias], "lr_scale": 1.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    set_learning_rate(optimizer, 0.008)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.002, 0.008]
+
+
+# --- Schedule ------------------------------------------------------------------------------------
+
+SCHEDULES = json.loads(str(np.load(GOLDEN / "lr-schedules.npz")["config"]))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_is_that_of_the_original(name: str) -> None:
+    says = SCHEDULES[name]
+    with np.load(GOLDEN / "lr-schedules.npz") as file:
+        expected = file[name]
+    total = says["epochs"] * says["steps_per_epoch"]
+    warmup = says["warmup_epochs"] * says["steps_per_epoch"]
+    if says["warmup_steps"] > 0:
+        warmup = says["warmup_steps"]
+    ours = [
+        cosine_schedule(
+            step, total, warmup, says["base_value"], says["final_value"], says["start_warmup_value"]
+        )
+        for step in range(total)
+    ]
+    np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-18)
+
+
+def test_schedule_rises_in_a_line_and_falls_in_a_cosine() -> None:
+    rates = [cosine_schedule(step, 110, 10, base=1.0, final=0.2) for step in range(110)]
+    np.testing.assert_allclose(rates[:10], np.arange(10) / 9, atol=1e-12)
+    np.testing.assert_allclose(rates[60], 0.6, atol=1e-12)  # half way down: the middle of the two
+    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert 0.2 < rates[-1] < 0.2 + 0.8 * (math.pi / 100) ** 2 / 2
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (1, 1), (5, 5), (3, 1), (2, 1)])
+def test_schedule_of_a_very_short_run_stays_between_its_ends(total: int, warmup: int) -> None:
+    rates = [cosine_schedule(step, total, warmup, base=1.0, final=0.1) for step in range(total)]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert rates[0] == (0.0 if warmup else 1.0)
+
+
+# --- The original engine's four steps --------------------------------------------------------------
+
+RUN = BeitConfig(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4).for_pretraining(32)
+
+
+def golden_run() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    with np.load(GOLDEN / "unilm-v1-pretrain-run.npz") as file:
+        return {k: file[k] for k in file.files if k != "config"}, json.loads(str(file["config"]))
+
+
+def test_four_training_steps_are_those_of_the_original_engine() -> None:
+    expected, says = golden_run()
+    model = BeitForMaskedImageModeling(RUN)
+    model.load_state_dict(load_file(GOLDEN / "unilm-v1-pretrain-shared.safetensors"))
+    optimizer = torch.optim.AdamW(
+        param_groups(model.train(), says["weight_decay"]), lr=says["lr"], betas=tuple(says["betas"])
+    )
+    total = says["epochs"] * says["steps_per_epoch"]
+    warmup = says["warmup_epochs"] * says["steps_per_epoch"]
+    for number in range(4):
+        lr = cosine_schedule(says["start_step"] + number, total, warmup, says["lr"], says["min_lr"])
+        set_learning_rate(optimizer, lr)
+        mask = torch.from_numpy(expected["step_masks"][number])
+        labels = torch.from_numpy(expected["step_labels"][number])[mask]
+        logits = model(torch.from_numpy(expected["step_inputs"][number]), mask)
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), says["clip_grad"])
+        optimizer.step()
+        accuracy = (logits.argmax(dim=-1) == labels).float().mean()
+        assert lr == pytest.approx(expected["log_lr"][number], rel=1e-12)
+        assert loss.item() == pytest.approx(expected["log_loss"][number], abs=1e-5)
+        assert norm.item() == pytest.approx(expected["log_grad_norm"][number], rel=1e-4)
+        assert accuracy.item() == pytest.approx(expected["log_mlm_acc"][number], abs=1e-6)
+
+    final = load_file(GOLDEN / "unilm-v1-pretrain-run.safetensors")
+    ours = model.state_dict()
+    assert ours.keys() == final.keys()
+    for name, weight in final.items():
+        torch.testing.assert_close(ours[name], weight, atol=3e-4, rtol=0, msg=name)
+    model.eval()
+    image, mask = torch.from_numpy(expected["input"]), torch.from_numpy(expected["bool_masked_pos"])
+    with torch.no_grad():
+        for logits, wanted in ((model(image, mask), "logits_masked"), (model(image), "logits_all")):
+            torch.testing.assert_close(logits, torch.from_numpy(expected[wanted]), atol=1e-4, rtol=0)
+
+
+def test_the_four_steps_of_the_original_moved_the_weights() -> None:
+    """So that agreement above means something: by far more than its tolerance."""
+    start = load_file(GOLDEN / "unilm-v1-pretrain-shared.safetensors")
+    final = load_file(GOLDEN / "unilm-v1-pretrain-run.safetensors")
+    for name in ("patch_embed.proj.weight", "mask_token", "lm_head.weight", "norm.weight"):
+        assert float((start[name] - final[name]).abs().max()) > 3e-3, name
