@@ -13,6 +13,7 @@ Bao, Dong, Wei: BEiT, arXiv 2106.08254; Peng et al.: BEiT v2, arXiv 2208.06366 (
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 from collections.abc import Sequence
@@ -156,6 +157,15 @@ VARIANTS: dict[str, BeitConfig] = {
     "beit_tiny_patch8_64": replace(_TINY, img_size=64, patch_size=8, depth=6),
     "beit_mini_patch8_32": BeitConfig(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4),
 }
+
+
+def variant(name: str) -> BeitConfig:
+    """The config of a named size, or a ValueError that names the nearest ones."""
+    if name in VARIANTS:
+        return VARIANTS[name]
+    near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}" if near else f"known are {', '.join(VARIANTS)}"
+    raise ValueError(f"model {name!r} is not known; {hint}")
 
 
 class PatchEmbed(nn.Module):

@@ -237,6 +237,14 @@ class DiscreteVAEConfig:
     commitment: float = 0.25  # vq: pull of the encoder towards its codes
     temperature: float = 0.9  # gumbel: of the softmax
 
+    def __post_init__(self) -> None:
+        stride = 2**self.num_layers
+        if self.img_size % stride or self.img_size <= 0:
+            raise ValueError(
+                f"img_size {self.img_size} is not a multiple of the token stride {stride} "
+                f"(2^num_layers); use {max(self.img_size // stride, 1) * stride}"
+            )
+
 
 class DiscreteVAEOutput(NamedTuple):
     """A training step's view of a batch."""

@@ -58,7 +58,16 @@ def run_demo(seed: int, out: Path) -> dict[str, Any]:
     file = out / "result.json"
     if not file.exists():
         out.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "beit", "demo", "--out", str(out / "demo"), "--seed", str(seed)]
+        command = [
+            sys.executable,
+            "-m",
+            "beit",
+            "demo",
+            "--out",
+            str(out / "demo"),
+            "--seed",
+            str(seed),
+        ]
         finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         file.write_text(finished.stdout.splitlines()[-1])
     return dict(json.loads(file.read_text()))

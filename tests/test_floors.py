@@ -108,10 +108,14 @@ def test_every_allowed_step_sideways_is_taken() -> None:
         ("data.py", "from beit import run", "data (floor 2) imports run (floor 2)"),
         ("data.py", "def f():\n    from beit.cli import app", "data (floor 2) imports cli (floor 5)"),
         ("data.py", "from beit import load", "data (floor 2) imports beit (floor 6)"),
-        ("commands/a.py", "from beit.commands.b import b", "commands.a (floor 4) imports commands.b (floor 4)"),
+        (
+            "commands/a.py",
+            "from beit.commands.b import b",
+            "commands.a (floor 4) imports commands.b (floor 4)",
+        ),
         ("attic.py", "", "attic has no floor"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_import_is_seen(tmp_path: Path, file: str, line: str, complaint: str) -> None:
     (tmp_path / "commands").mkdir()
     for name in ("__init__", "engine", "masking", "run", "cli", "commands/b", "image", "data"):

@@ -51,7 +51,7 @@ class Demo:
     """Begin again where the folder holds an earlier demo."""
 
 
-def demo(settings: Demo) -> dict[str, Any]:
+def demo(settings: Demo = Demo()) -> dict[str, Any]:
     """Train a tokenizer, pre-train, fine-tune, compare, classify; then write a page about it.
 
     Example: beit demo --fast

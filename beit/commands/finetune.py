@@ -19,7 +19,7 @@ from beit.data import ImageSource, batch_at, load_ahead, open_source, sample_rng
 from beit.engine import Engine
 from beit.image import unilm_spec
 from beit.metrics import top_k_accuracy
-from beit.model import VARIANTS, BeitForImageClassification
+from beit.model import BeitForImageClassification, variant
 from beit.optim import cosine_schedule, param_groups, set_learning_rate
 from beit.precision import Precision, autocast, pick_device
 from beit.run import Run
@@ -184,8 +184,10 @@ def starting_model(settings: Finetune, source: ImageSource) -> BeitForImageClass
             load(settings.model), source.classes, settings.img_size, settings.drop_path
         )
         print(f"{settings.model}: {report}", file=sys.stderr)
-    elif settings.model in VARIANTS:
-        config = VARIANTS[settings.model].for_classification(len(source.classes))
+    else:
+        if "/" in settings.model:
+            raise ValueError(f"model {settings.model} does not exist")
+        config = variant(settings.model).for_classification(len(source.classes))
         config = replace(
             config, img_size=settings.img_size or config.img_size, drop_path_rate=settings.drop_path
         )
@@ -193,10 +195,6 @@ def starting_model(settings: Finetune, source: ImageSource) -> BeitForImageClass
         model.image_spec = unilm_spec(config.image_height_width[0])
         model.id2label = dict(enumerate(source.classes))
         print(f"{settings.model}: a fresh network, nothing is loaded", file=sys.stderr)
-    else:
-        raise ValueError(
-            f"model {settings.model!r} is neither a folder nor a size; sizes are {', '.join(VARIANTS)}"
-        )
     if settings.crop_ratio is not None:
         model.image_spec = replace(model.image_spec, crop_ratio=settings.crop_ratio)
     return model

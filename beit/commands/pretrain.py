@@ -19,7 +19,7 @@ from beit.data import batch_at, load_ahead, open_source, sample_rng
 from beit.image import unilm_spec
 from beit.masking import sample_mask
 from beit.metrics import codebook_use
-from beit.model import VARIANTS, BeitForMaskedImageModeling
+from beit.model import BeitForMaskedImageModeling, variant
 from beit.optim import cosine_schedule, param_groups, set_learning_rate
 from beit.precision import Precision, autocast, pick_device
 from beit.run import Run
@@ -101,13 +101,10 @@ def pretrain(settings: Pretrain) -> dict[str, float]:
     """
     source = open_source(settings.data)
     tokenizer = load_tokenizer(settings.tokenizer)
-    if settings.model not in VARIANTS:
-        raise ValueError(f"model {settings.model!r} is not known; known are {', '.join(VARIANTS)}")
-    run = Run(settings.out, settings, settings.overwrite)
     device = pick_device(settings.device)
     tokenizer.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    config = VARIANTS[settings.model].for_pretraining(tokenizer.vocab_size)
+    config = variant(settings.model).for_pretraining(tokenizer.vocab_size)
     config = replace(
         config,
         img_size=settings.img_size or config.img_size,
@@ -133,6 +130,8 @@ def pretrain(settings: Pretrain) -> dict[str, float]:
         color_jitter=settings.color_jitter,
     )
 
+    sample_mask(config.grid, num_masked, np.random.default_rng(0), min_block)  # refuses what cannot be
+    run = Run(settings.out, settings, settings.overwrite)
     optimizer = torch.optim.AdamW(
         param_groups(model, settings.weight_decay), lr=settings.lr, betas=settings.betas
     )

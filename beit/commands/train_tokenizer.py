@@ -77,7 +77,6 @@ def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
     Example: beit train-tokenizer photos/ -o tokenizer --vocab-size 1024
     """
     source = open_source(settings.data)
-    run = Run(settings.out, settings, settings.overwrite)
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
     tokenizer = DiscreteVAE(
@@ -92,6 +91,7 @@ def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
     )
     tokenizer = tokenizer.to(device)
     tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a sixth faster
+    run = Run(settings.out, settings, settings.overwrite)
     optimizer = torch.optim.AdamW(
         [p for p in tokenizer.parameters() if p.requires_grad],
         lr=settings.lr,
