@@ -224,17 +224,16 @@ class DalleTokenizer(nn.Module):
 
 @dataclass(frozen=True)
 class DiscreteVAEConfig:
-    """Sizes of a `DiscreteVAE` and what keeps its codes alive."""
+    """Sizes of a `DiscreteVAE`, and what keeps its codes alive."""
 
     img_size: int = 112  # pixels of the token view
     vocab_size: int = 8192
-    code_dim: int = 32  # K
+    code_dim: int = 16  # K
     hidden_dim: int = 128  # channels
     num_layers: int = 3  # each halves the picture: stride 2^num_layers
     quantizer: Literal["vq", "gumbel"] = "vq"
     codebook_decay: float = 0.95  # vq: of the moving average that is the codebook
     revive_after_steps: int = 20  # vq: a code unused this long takes a fresh place; 0 never
-    commitment: float = 0.25  # vq: pull of the encoder towards its codes
     temperature: float = 0.9  # gumbel: of the softmax
 
     def __post_init__(self) -> None:
@@ -249,9 +248,8 @@ class DiscreteVAEConfig:
 class DiscreteVAEOutput(NamedTuple):
     """A training step's view of a batch."""
 
-    loss: Tensor  # scalar: reconstruction + commitment
+    loss: Tensor  # scalar: mean squared error of pixels in [0, 1]
     reconstruction: Tensor  # (B, 3, H, W), about [0, 1]
-    reconstruction_mse: Tensor  # scalar, of pixels in [0, 1]
     token_ids: Tensor  # (B, h, w)
 
 
@@ -273,9 +271,10 @@ class ResBlock(nn.Module):
 class DiscreteVAE(nn.Module):
     """A convolutional autoencoder whose bottleneck is a grid of ids: our own tokenizer.
 
-    `quantizer="vq"` (ours): encoder outputs, whitened by a batch norm and put on the unit sphere, take
-    the nearest code; the codebook is a moving average of what it was given. In training mode
-    `forward` updates it, as a batch norm updates its statistics.
+    `quantizer="vq"` (ours): encoder outputs, put on the unit sphere, take the nearest code; the codebook
+    is a moving average of what it was given, and a code that nothing takes is put where something is.
+    In training mode `forward` updates it, as a batch norm updates its statistics. There is no commitment
+    loss: any weight that matters makes the encoder constant (measured, see docs/log.md).
     `quantizer="gumbel"`: the published alternative, a softmax over the codes with Gumbel noise.
     """
 
@@ -297,10 +296,9 @@ class DiscreteVAE(nn.Module):
         self.decoder = nn.Sequential(*decoder)
         self.codebook = nn.Embedding(config.vocab_size, k)
         if vq:
-            self.whiten = nn.BatchNorm2d(k, affine=False)
             self.codebook.weight.requires_grad_(False)
             self.codebook.weight.data = F.normalize(self.codebook.weight.data, dim=-1)
-            self.register_buffer("unused_steps", torch.full((config.vocab_size,), -1))  # -1: not started
+            self.register_buffer("unused_steps", torch.zeros(config.vocab_size, dtype=torch.int64))
 
     unused_steps: Tensor
 
@@ -337,55 +335,54 @@ class DiscreteVAE(nn.Module):
         check_view(images, self.stride)
         z = self.encoder(2 * images - 1)
         quantise = self.quantise_gumbel if self.config.quantizer == "gumbel" else self.quantise_vq
-        codes, token_ids, commitment = quantise(z)
+        codes, token_ids = quantise(z)
         reconstruction = self.draw(codes)
-        mse = F.mse_loss(reconstruction.float(), images)
-        return DiscreteVAEOutput(mse + commitment, reconstruction, mse.detach(), token_ids)
+        loss = F.mse_loss(reconstruction.float(), images)
+        return DiscreteVAEOutput(loss, reconstruction, token_ids)
 
     def draw(self, codes: Tensor) -> Tensor:
         """Code vectors (B, K, h, w) -> pixels (B, 3, H, W), not cut to [0, 1]."""
         return (self.decoder(codes) + 1) / 2
 
-    def quantise_gumbel(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weights = F.gumbel_softmax(z, tau=self.config.temperature, dim=1)  # (B, V, h, w)
-        codes = torch.einsum("bvhw,vk->bkhw", weights, self.codebook.weight)
-        return codes, z.argmax(dim=1), z.new_zeros(())
+    def quantise_gumbel(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """A soft mixture of codes in training, the likeliest code otherwise."""
+        token_ids = z.argmax(dim=1)
+        if not self.training:
+            return self.codebook(token_ids).permute(0, 3, 1, 2), token_ids
+        weights = F.gumbel_softmax(z.float(), tau=self.config.temperature, dim=1)  # (B, V, h, w)
+        return torch.einsum("bvhw,vk->bkhw", weights, self.codebook.weight), token_ids
 
-    def quantise_vq(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantise_vq(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest codes; their gradient goes straight through to the encoder."""
         directions = self.directions(z)  # (B, h, w, K)
         token_ids = self.nearest(directions)
         if self.training:
-            token_ids = self.update_codebook(directions.detach().flatten(0, 2), token_ids)
-        codes = self.codebook(token_ids).to(directions.dtype)
-        commitment = self.config.commitment * (codes - directions).square().sum(dim=-1).mean()
-        codes = directions + (codes - directions).detach()  # gradients go straight through
-        return codes.permute(0, 3, 1, 2), token_ids, commitment
+            self.update_codebook(directions.detach().flatten(0, 2), token_ids.flatten())
+        codes = directions + (self.codebook(token_ids) - directions).detach()
+        return codes.permute(0, 3, 1, 2), token_ids
 
     def directions(self, z: Tensor) -> Tensor:
-        """Encoder outputs (B, K, h, w) as unit vectors (B, h, w, K), float32.
-
-        Whitening first spreads them over the sphere, so that all of it is worth a code.
-        """
-        return F.normalize(self.whiten(z.float()).permute(0, 2, 3, 1), dim=-1)
+        """Encoder outputs (B, K, h, w) as unit vectors (B, h, w, K), float32."""
+        return F.normalize(z.float().permute(0, 2, 3, 1), dim=-1)
 
     def nearest(self, directions: Tensor) -> Tensor:
-        """Ids (...) of the nearest codes of unit vectors (..., K): the largest cosine."""
-        return (directions @ self.codebook.weight.T).argmax(dim=-1)
+        """Ids (...) of the nearest codes of unit vectors (..., K): the largest cosine.
+
+        In float32 whatever the precision of the run: neighbouring codes differ by less than bf16 can
+        tell, and under autocast two thirds of the tokens went to another code.
+        """
+        with torch.autocast(directions.device.type, enabled=False):
+            return (directions @ self.codebook.weight.T).argmax(dim=-1)
 
     @torch.no_grad()
-    def update_codebook(self, directions: Tensor, token_ids: Tensor) -> Tensor:
-        """Move used codes towards what they were given, give idle ones a new place; the ids after it.
+    def update_codebook(self, directions: Tensor, token_ids: Tensor) -> None:
+        """Move used codes towards what they were given; put idle ones where something is.
 
-        directions: (B*h*w, K) unit vectors; token_ids: (B, h, w).
+        directions: (n, K) unit vectors; token_ids: (n,) what they took.
         """
         codebook = self.codebook.weight
-        if bool(self.unused_steps[0] < 0):
-            codebook.copy_(k_means(directions, self.vocab_size))
-            self.unused_steps.zero_()
-            token_ids = self.nearest(directions).view_as(token_ids)
-        ids = token_ids.flatten()
-        sums = torch.zeros_like(codebook).index_add_(0, ids, directions)
-        used = torch.bincount(ids, minlength=self.vocab_size) > 0
+        sums = torch.zeros_like(codebook).index_add_(0, token_ids, directions)
+        used = torch.bincount(token_ids, minlength=self.vocab_size) > 0
         decay = self.config.codebook_decay
         moved = F.normalize(decay * codebook + (1 - decay) * F.normalize(sums, dim=-1), dim=-1)
         codebook.copy_(torch.where(used[:, None], moved, codebook))
@@ -396,21 +393,3 @@ class DiscreteVAE(nn.Module):
             places = torch.randperm(len(directions), device=directions.device)[: len(idle)]
             codebook[idle] = directions[places]
             self.unused_steps[idle] = 0
-        return token_ids
-
-
-@torch.no_grad()
-def k_means(vectors: Tensor, clusters: int, iterations: int = 10) -> Tensor:
-    """Spherical k-means: (n, K) unit vectors -> (clusters, K) unit centres.
-
-    With fewer vectors than clusters some start as copies; a centre that loses all stays where it was.
-    """
-    count = len(vectors)
-    order = torch.randperm(count, device=vectors.device)
-    centres = vectors[order.repeat(-(-clusters // count))[:clusters]].clone()
-    for _ in range(iterations):
-        nearest = (vectors @ centres.T).argmax(dim=-1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
-        used = sums.square().sum(dim=-1, keepdim=True) > 0
-        centres = torch.where(used, F.normalize(sums, dim=-1), centres)
-    return centres

@@ -102,6 +102,12 @@ def test_csv_of_a_spreadsheet_may_begin_with_a_byte_order_mark(tmp_path: Path) -
     assert open_source(tmp_path / "list.csv").classes == ("katze ä",)
 
 
+def test_csv_in_another_encoding_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path,label\n1.png,Bär\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"list\.csv is not UTF-8"):
+        open_source(tmp_path / "list.csv")
+
+
 def test_csv_without_labels_is_a_source_without_labels(tmp_path: Path) -> None:
     put(tmp_path, "1.png")
     (tmp_path / "list.csv").write_text("path\n1.png\n")

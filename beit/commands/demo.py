@@ -68,7 +68,7 @@ def demo(settings: Demo = Demo()) -> dict[str, Any]:
     }
 
     tokenizer = TrainTokenizer(
-        data / "train", out=out / "tokenizer", img_size=32, vocab_size=128, code_dim=16, hidden_dim=32,
+        data / "train", out=out / "tokenizer", img_size=32, vocab_size=128, hidden_dim=32,
         steps=60 if tiny else 400, crop_scale=(0.5, 1.0), **plain,
     )  # fmt: skip
     tell(1, "learn visual tokens from unlabelled digits", tokenizer)
@@ -76,7 +76,7 @@ def demo(settings: Demo = Demo()) -> dict[str, Any]:
 
     pretraining = Pretrain(
         data / "train", tokenizer=tokenizer.out, out=out / "pretrained", model=MODEL, crop_ratio=1.0,
-        epochs=5 if tiny else 100, batch_size=128, lr=4e-3, warmup_epochs=1 if tiny else 10,
+        epochs=3 if tiny else 100, batch_size=64, lr=8e-3, warmup_epochs=1 if tiny else 10,
         drop_path=0.0, crop_scale=(0.5, 1.0), color_jitter=0.0, **plain,
     )  # fmt: skip
     tell(2, "pre-train: guess the tokens of masked patches", pretraining)
@@ -94,7 +94,7 @@ def demo(settings: Demo = Demo()) -> dict[str, Any]:
         for name, start in (("pretrained", str(pretraining.out)), ("scratch", MODEL)):
             tuning = Finetune(
                 train, model=start, out=out / f"{name}-{labels or 'all'}", crop_ratio=1.0,
-                steps=30 if tiny else 800, batch_size=50, lr=3e-3, layer_decay=1.0, drop_path=0.0,
+                steps=30 if tiny else 800, batch_size=50, lr=3e-3, layer_decay=1.0, drop_path=0.1,
                 crop_scale=(0.5, 1.0), **plain,
             )  # fmt: skip
             tell(4 + number, f"fine-tune with {row['labels']} labels, {name}", tuning)

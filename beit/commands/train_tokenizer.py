@@ -38,7 +38,7 @@ class TrainTokenizer:
     """Token view in pixels; BEiT's 224-pixel pictures are seen at 112."""
     vocab_size: int = 8192
     """Number of visual tokens; fewer for little data."""
-    code_dim: int = 32
+    code_dim: int = 16
     """Width of a code."""
     hidden_dim: int = 128
     """Channels of encoder and decoder."""
@@ -128,13 +128,12 @@ def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
         optimizer.step()
 
         counts += torch.bincount(output.token_ids.flatten().cpu(), minlength=settings.vocab_size)
-        errors.append(output.reconstruction_mse)
+        errors.append(output.loss.detach())
         seen += len(images)
         if (step + 1) % settings.log_every == 0 or step + 1 == total:
             use = codebook_use(counts.numpy())
             run.log(
                 step + 1,
-                loss=output.loss.item(),
                 psnr_db=psnr(torch.stack(errors).mean().item()),
                 live_codes=use.live,
                 perplexity=use.perplexity,
