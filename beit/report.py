@@ -24,7 +24,7 @@ svg .grid { stroke: var(--line) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line) }
 td:not(:first-child), th:not(:first-child) { text-align: right }
-code, pre { font: 13px/1.5 ui-monospace, monospace } pre { overflow-x: auto }
+code, pre { font: 13px/1.5 ui-monospace, monospace } pre { white-space: pre-wrap; overflow-wrap: anywhere }
 """
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -277,6 +279,21 @@ def test_pixels_are_scaled_and_normalised_by_hand() -> None:
     for channel, value in enumerate((1.0, 0.2, 0.0)):
         expected = (value - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
         np.testing.assert_allclose(prepared[channel], expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"size": (0, 32)}, "size (0, 32) is not (height, width)"),
+        ({"resize": "stretch"}, "'stretch' is not one of short_side, squash"),
+        ({"filter": "nearest"}, "'nearest' is not one of bilinear, bicubic, lanczos"),
+        ({"crop_ratio": 0.0}, "crop_ratio 0.0 is not in (0, 1]"),
+        ({"crop_ratio": 1.5}, "crop_ratio 1.5 is not in (0, 1]"),
+    ],
+)
+def test_a_spec_that_cannot_be_followed_is_refused(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        ImageSpec(**wrong)
 
 
 def test_evaluation_geometry_is_that_of_timm() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -171,17 +170,17 @@ def judge(
     chosen = np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     squared = 0.0
-    sheet: list[list[np.ndarray]] = []
+    shown: list[tuple[np.ndarray, np.ndarray]] = []  # a picture of each batch
 
-    def batches() -> Iterator[Tensor]:
-        for part in np.array_split(chosen, -(-len(chosen) // 64)):
-            yield to_unit([resize_and_crop(source.read(int(i)), spec) for i in part], device)
-
-    for images in batches():
+    for part in np.array_split(chosen, max(10, -(-len(chosen) // 64))):
+        if not len(part):
+            continue
+        images = to_unit([resize_and_crop(source.read(int(i)), spec) for i in part], device)
         token_ids = tokenizer.encode(images)
         drawn = tokenizer.decode(token_ids)
         counts += np.bincount(token_ids.flatten().cpu().numpy(), minlength=tokenizer.vocab_size)
         squared += float((drawn.double() - images).square().mean(dim=(1, 2, 3)).sum())
-        if not sheet:
-            sheet = [list(to_bytes(images[:10])), list(to_bytes(drawn[:10]))]
+        shown.append((to_bytes(images[:1])[0], to_bytes(drawn[:1])[0]))
+    some = [shown[i] for i in np.linspace(0, len(shown) - 1, min(10, len(shown))).astype(int)]
+    sheet = [[original for original, _ in some], [drawn for _, drawn in some]]
     return codebook_use(counts), psnr(squared / len(chosen)), sheet
