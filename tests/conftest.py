@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def write_shapes(folder: Path, per_class: int, seed: int, size: int = 36) -> Pat
     return folder
 
 
+def command_line(*words: str | Path, **options: object) -> list[str]:
+    """Words of a command: `out="run"` is `--out run`, True a flag, a tuple several values."""
+    given = [str(word) for word in words]
+    for name, value in options.items():
+        given.append("--" + name.replace("_", "-"))
+        if value is not True:
+            given += [str(v) for v in (value if isinstance(value, tuple) else (value,))]
+    return given
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ with 36 and val/ with 15 pictures of three classes. To be read only."""
@@ -61,19 +72,21 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """`beit ...` in this process: (exit code, stdout, stderr)."""
+    """`beit ...` in this process: (exit code, stdout, stderr in one line)."""
     from beit.cli import main
 
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["beit", *map(str, words)])
+    def call(*words: str | Path, **options: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["beit", *command_line(*words, **options)])
         capfd.readouterr()
         code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
+        with warnings.catch_warnings():  # cyclopts finds it odd that a test gives sys.argv
+            warnings.filterwarnings("ignore", "Cyclopts application invoked without tokens")
+            try:
+                main()
+            except SystemExit as end:
+                code = int(end.code or 0)
         out, err = capfd.readouterr()
-        return code, out, err
+        return code, out, " ".join(err.replace("│", " ").split())
 
     return call
 

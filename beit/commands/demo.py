@@ -94,8 +94,8 @@ def demo(settings: Demo = Demo()) -> dict[str, Any]:
         for name, start in (("pretrained", str(pretraining.out)), ("scratch", MODEL)):
             tuning = Finetune(
                 train, model=start, out=out / f"{name}-{labels or 'all'}", crop_ratio=1.0,
-                steps=30 if tiny else 800, batch_size=50, lr=3e-3, layer_decay=1.0, drop_path=0.1,
-                crop_scale=(0.5, 1.0), **plain,
+                steps=30 if tiny else 800, batch_size=50, lr=3e-3, layer_decay=1.0, drop_path=0.0,
+                crop_scale=(0.8, 1.0), **plain,
             )  # fmt: skip
             tell(4 + number, f"fine-tune with {row['labels']} labels, {name}", tuning)
             finetune(tuning)

@@ -1,0 +1,110 @@
+"""One small run of each training command, for all tests of this folder to look at."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import command_line
+from safetensors.torch import load_file
+
+import beit.run
+from beit.cli import app
+from beit.run import Stopped
+
+Options = dict[str, Any]
+# What makes a command fit the tests: small, exact, and logging often.
+EXACT: Options = {"precision": "fp32", "device": "cpu", "log_every": 10, "hflip": 0.0}
+TOKENIZER: Options = {**EXACT, "img_size": 32, "vocab_size": 32, "code_dim": 8, "hidden_dim": 32,
+                      "batch_size": 12, "lr": 3e-3}  # fmt: skip
+PRETRAIN: Options = {**EXACT, "model": "beit_mini_patch8_32", "batch_size": 12, "lr": 3e-3,
+                     "warmup_epochs": 2, "drop_path": 0, "color_jitter": 0, "crop_ratio": 1}  # fmt: skip
+FINETUNE: Options = {**EXACT, "batch_size": 12, "lr": 2e-3, "layer_decay": 1, "warmup_epochs": 1,
+                     "crop_ratio": 1, "crop_scale": (0.5, 1.0)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that has ended: its folder, what the command returned, what it said on stderr."""
+
+    folder: Path
+    result: dict[str, Any]
+    said: str
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "model.safetensors")
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return beit.run.read_metrics(self.folder / "metrics.jsonl")
+
+
+def run(out: Path, *words: str | Path, **options: object) -> Done:
+    """`beit ... --out OUT`, in this process; nothing may come on stdout."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        result = app(command_line(*words, out=out, **options))
+    assert stdout.getvalue() == ""
+    return Done(out, result, stderr.getvalue())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    out = tmp_path_factory.mktemp("runs") / "tokenizer"
+    return run(out, "train-tokenizer", shapes / "train", steps=80, **TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def pretrained(shapes: Path, tokenizer: Done, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    out = tmp_path_factory.mktemp("runs") / "pretrained"
+    return run(out, "pretrain", shapes / "train", tokenizer=tokenizer.folder, steps=60, **PRETRAIN)
+
+
+@pytest.fixture(scope="session")
+def finetuned(shapes: Path, pretrained: Done, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    out = tmp_path_factory.mktemp("runs") / "shapes.run"
+    return run(out, "finetune", shapes, model=pretrained.folder, steps=50, **FINETUNE)
+
+
+Broken = Callable[..., Done]
+
+
+@pytest.fixture
+def broken_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Broken:
+    """Run a command, stop it by SIGTERM in its step number `stop_at`, then let it go on."""
+
+    def call(stop_at: int, *words: str | Path, **options: object) -> Done:
+        seed_of_step, seen = torch.manual_seed, 0
+
+        def stop(seed: int) -> torch.Generator:
+            nonlocal seen
+            seen += 1
+            if seen == stop_at + 1:  # the first seeds the new weights
+                signal.raise_signal(signal.SIGTERM)
+            return seed_of_step(seed)
+
+        out = tmp_path / "broken"
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "manual_seed", stop)
+            with pytest.raises(Stopped, match=f"stopped and saved at step {stop_at} of ") as caught:
+                run(out, *words, **options)
+        assert caught.value.exit_code == 143
+        assert not (out / "config.json").exists()
+        return run(out, *words, **options)
+
+    return call
+
+
+def same_weights(one: Done, other: Done) -> None:
+    ours, theirs = one.weights, other.weights
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
