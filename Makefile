@@ -14,8 +14,8 @@ DEMO_ARGS ?=
 demo: .venv/installed
 	$(BIN)/beit demo $(DEMO_ARGS)
 
-test: check
-	$(BIN)/python -m pytest
+test: check  # a process a core, one thread each: two that share threads wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -23,7 +23,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/demo_seeds.py
+	$(BIN)/python benchmarks/demo_seeds.py --out runs/demo_seeds
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

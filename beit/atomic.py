@@ -8,10 +8,24 @@ from pathlib import Path
 
 def write_atomically(file: Path, content: bytes) -> None:
     """Replace a file: whoever reads it sees the old content or the new, never a part."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    flush(beside)
-    os.replace(beside, file)
+    write_together(file.parent, {file.name: content})
+
+
+def write_together(folder: Path, contents: dict[str, bytes]) -> None:
+    """Replace files of a folder, in this order, once the disk holds all of them.
+
+    What fails before, a full disk above all, leaves every old file as it was and nothing beside them.
+    """
+    beside = {name: folder / f".{name}.{os.getpid()}" for name in contents}
+    try:
+        for name, content in contents.items():
+            beside[name].write_bytes(content)
+            flush(beside[name])
+        for name in contents:
+            os.replace(beside[name], folder / name)
+    finally:
+        for left in beside.values():
+            left.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from beit.atomic import write_atomically
-from beit.image import ImageSpec
+from beit.atomic import write_together
+from beit.image import ImageSpec, unilm_spec
 from beit.model import (
     Beit,
     BeitConfig,
@@ -124,12 +124,16 @@ def from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         elif name.endswith("relative_position_index"):
             continue  # recomputed; old files carry one a block
         elif name.startswith("layernorm."):
-            result["norm" + name[len("layernorm") :]] = tensor
+            second = full_name != name and name in tensors  # a norm before the masked model's own
+            result[full_name if second else "norm" + name[len("layernorm") :]] = tensor
         else:
             result[rename(name, back) or full_name] = tensor
     for number, qkv in parts.items():
         if len(qkv) == 3:
-            fused = torch.cat([qkv["query"], qkv["key"], qkv["value"]])
+            rows = [qkv["query"], qkv["key"], qkv["value"]]
+            alike = len({row.shape for row in rows}) == 1
+            # What cannot be one matrix is shown by its largest part, for the loader to report.
+            fused = torch.cat(rows) if alike else max(rows, key=Tensor.numel)
             result[f"blocks.{number}.attn.qkv.weight"] = fused
     return result
 
@@ -142,6 +146,8 @@ def describe_model(model: Beit, provenance: dict[str, Any]) -> dict[str, Any]:
     c = model.config
     size = c.img_size if isinstance(c.img_size, int) else list(c.img_size)
     name = next(name for name, cls in MODEL_CLASSES.items() if cls is type(model))
+    masked = isinstance(model, BeitForMaskedImageModeling)
+    pools_the_mean = masked or (c.pooling == "mean" and type(model) is not Beit)
     content: dict[str, Any] = {
         "architectures": [name],
         "model_type": "beit",
@@ -163,8 +169,9 @@ def describe_model(model: Beit, provenance: dict[str, Any]) -> dict[str, Any]:
         "use_absolute_position_embeddings": c.use_abs_pos_emb,
         "use_relative_position_bias": c.rel_pos_bias == "per_block",
         "use_shared_relative_position_bias": c.rel_pos_bias == "shared",
-        # A bare encoder ends in a norm over all tokens, which is transformers' other pooling.
-        "use_mean_pooling": c.pooling == "mean" and type(model) is not Beit,
+        # A bare encoder ends in a norm over all tokens, which is transformers' other pooling; its masked
+        # model has a norm of its own, and a second one unless its encoder believes that it pools.
+        "use_mean_pooling": pools_the_mean,
         "vocab_size": c.vocab_size,
         "dtype": str(model.cls_token.dtype).removeprefix("torch."),
         "beit": {
@@ -253,11 +260,13 @@ def save_model(model: Beit, folder: str | Path, provenance: dict[str, Any] | Non
     folder.mkdir(parents=True, exist_ok=True)
     config = describe_model(model, provenance or {})
     card = _model_card(model, config, provenance or {})
-    weights = save(to_transformers(model), metadata={"format": "pt"})
-    write_atomically(folder / "model.safetensors", weights)
-    write_atomically(folder / "preprocessor_config.json", _json(describe_processor(model.image_spec)))
-    write_atomically(folder / "README.md", card.encode())
-    write_atomically(folder / "config.json", _json(config))
+    contents = {
+        "model.safetensors": save(to_transformers(model), metadata={"format": "pt"}),
+        "preprocessor_config.json": _json(describe_processor(model.image_spec)),
+        "README.md": card.encode(),
+        "config.json": _json(config),
+    }
+    write_together(folder, contents)
 
 
 def load(source: str | Path) -> Beit:
@@ -278,17 +287,17 @@ def load(source: str | Path) -> Beit:
         raise CheckpointError(f"{folder} holds a {name}; known are {', '.join(MODEL_CLASSES)}")
     try:
         config = read_model_config(content)
-    except (KeyError, TypeError, ValueError) as error:
+        with torch.device("meta"):  # shapes only: every value comes from the file
+            model = MODEL_CLASSES[name](config)
+        model.id2label = {int(i): label for i, label in content.get("id2label", {}).items()}
+        if "image_spec" in content.get("beit", {}):
+            model.image_spec = read_image_spec(content["beit"]["image_spec"])
+    except Exception as error:  # a wrong number shows as almost anything
         raise CheckpointError(f"{folder / 'config.json'} does not describe a BEiT: {error!r}") from error
-    with torch.device("meta"):  # shapes only: every value comes from the file
-        model = MODEL_CLASSES[name](config)
     tensors = from_transformers(_read_tensors(folder))
     _check_same(folder, {k: v.shape for k, v in model.state_dict().items()}, tensors)
     model.load_state_dict(tensors, assign=True)
     model.relative_position_index = relative_position_index(config.grid)
-    model.id2label = {int(i): label for i, label in content.get("id2label", {}).items()}
-    if "image_spec" in content.get("beit", {}):
-        model.image_spec = read_image_spec(content["beit"]["image_spec"])
     return model.requires_grad_(True).eval()
 
 
@@ -313,8 +322,8 @@ def save_tokenizer(
         "provenance": provenance or {},
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in tokenizer.state_dict().items()}
-    write_atomically(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
-    write_atomically(folder / "config.json", _json(config))
+    weights = save(tensors, metadata={"format": "pt"})
+    write_together(folder, {"model.safetensors": weights, "config.json": _json(config)})
 
 
 def load_tokenizer(source: str | Path) -> AnyTokenizer:
@@ -329,7 +338,7 @@ def load_tokenizer(source: str | Path) -> AnyTokenizer:
         )
     try:
         tokenizer = TOKENIZERS[kind](content["sizes"])
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:
         raise CheckpointError(f"{folder / 'config.json'} has wrong sizes: {error!r}") from error
     tensors = _read_tensors(folder)
     if isinstance(tokenizer, DalleTokenizer) and not any(k.startswith("decoder.") for k in tensors):
@@ -350,7 +359,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             )
         raise CheckpointError(f"{folder} has no config.json, so it is not a model folder")
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -443,7 +452,10 @@ def to_classifier(
     size = old.img_size if img_size is None else img_size
     config = replace(old.for_classification(len(classes)), img_size=size, drop_path_rate=drop_path_rate)
     model = BeitForImageClassification(config)
-    model.image_spec = replace(source.image_spec, size=config.image_height_width)
+    spec = replace(source.image_spec, size=config.image_height_width)
+    if spec.crop_ratio == unilm_spec(source.image_spec.size[0]).crop_ratio:  # nobody chose another
+        spec = replace(spec, crop_ratio=unilm_spec(spec.size[0]).crop_ratio)
+    model.image_spec = spec
     model.id2label = dict(enumerate(classes))
     same_head = source.id2label == model.id2label
     report = LoadReport()

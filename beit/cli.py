@@ -13,28 +13,50 @@ import os
 import sys
 from importlib.metadata import version
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
+# Name: (a line of help, an example).
 COMMANDS = {
-    "demo": "The whole way on handwritten digits, in minutes: tokenizer to classifier.",
-    "train-tokenizer": "Learn visual tokens from your own pictures.",
-    "pretrain": "Pre-train a BEiT on pictures without labels.",
-    "finetune": "Fine-tune a model on labelled pictures.",
-    "probe": "Linear-probe a model: logistic regression on frozen features.",
-    "evaluate": "Score a classifier on labelled pictures.",
-    "classify": "Classify pictures.",
+    "demo": (
+        "The whole way on handwritten digits, in minutes: tokenizer to classifier.",
+        "beit demo",
+    ),
+    "train-tokenizer": (
+        "Learn visual tokens from your own pictures.",
+        "beit train-tokenizer photos/ -o tokenizer --vocab-size 1024",
+    ),
+    "pretrain": (
+        "Pre-train a BEiT on pictures without labels.",
+        "beit pretrain photos/ --tokenizer tokenizer -o pretrained",
+    ),
+    "finetune": (
+        "Fine-tune a model on labelled pictures.",
+        "beit finetune flowers/ -m pretrained -o flowers.run",
+    ),
+    "probe": (
+        "Linear-probe a model: logistic regression on frozen features.",
+        "beit probe flowers/ -m pretrained",
+    ),
+    "evaluate": (
+        "Score a classifier on labelled pictures.",
+        "beit evaluate flowers/ -m flowers.run",
+    ),
+    "classify": (
+        "Classify pictures.",
+        "beit classify photos/ -m flowers.run --top 3 -o out.csv",
+    ),
 }
 
-EPILOGUE = """Examples:
-
-  beit demo
-  beit train-tokenizer photos/ -o tokenizer --vocab-size 1024
-  beit pretrain photos/ --tokenizer tokenizer -o pretrained -m beit_small_patch16_224
-  beit finetune flowers/ -m pretrained -o flowers.run
-  beit classify cat.jpg -m flowers.run
-
-`beit <command> --help` tells the settings of one.
-"""
+EPILOGUE = "\n".join(
+    [
+        "Examples:",
+        "",
+        *(f"  {example}" for _, example in COMMANDS.values()),
+        "",
+        "`beit <command> --help` tells the settings of one.",
+        "",
+    ]
+)
 
 app = App(
     name="beit",
@@ -43,10 +65,16 @@ app = App(
     help_format="plaintext",
     version=lambda: version("beit"),
     result_action="return_value",
+    default_parameter=Parameter(negative=()),  # a flag is given or not
 )
-for _name, _help in COMMANDS.items():
+for _name, (_help, _example) in COMMANDS.items():
     _place = _name.replace("-", "_")
-    app.command(f"beit.commands.{_place}:{_place}", name=_name, help=_help)
+    app.command(
+        f"beit.commands.{_place}:{_place}",
+        name=_name,
+        help=_help,
+        help_epilogue=f"Example: {_example}\n",
+    )
 
 
 def main() -> None:
@@ -73,6 +101,6 @@ def exit_code(error: Exception) -> int:
     if hasattr(error, "exit_code"):
         return int(error.exit_code)
     if isinstance(error, OSError):
-        full_or_forbidden = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR)
-        return 6 if error.errno in full_or_forbidden else 1
+        full_or_forbidden = ("ENOSPC", "EACCES", "EROFS", "EDQUOT", "ENOTDIR", "EISDIR")
+        return 6 if errno.errorcode.get(error.errno or 0) in full_or_forbidden else 1
     return 2 if isinstance(error, ValueError) else 1

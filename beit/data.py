@@ -62,7 +62,7 @@ def open_source(location: str | Path, split: str = "train", labelled: bool = Fal
     if not root.exists():
         raise ValueError(f"{root} does not exist")
     if root.is_file():
-        source = _read_list(root)
+        source = _read_list(root, labelled)
     else:
         if (root / "train").is_dir():
             root = root / split
@@ -96,16 +96,27 @@ def _read_folder(root: Path) -> ImageSource:
     return ImageSource(tuple(files), tuple(number[parts[0]] for parts in inside), tuple(classes))
 
 
-def _read_list(file: Path) -> ImageSource:
+def _read_list(file: Path, labelled: bool) -> ImageSource:
+    text = "utf-8-sig"  # spreadsheets begin theirs with a byte order mark
     if file.suffix == ".txt":
-        lines = [line.strip() for line in file.read_text().splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding=text).splitlines()]
         return ImageSource(tuple(file.parent / line for line in lines if line), (), ())
     if file.suffix != ".csv":
         raise ValueError(f"{file} is not a folder, a .csv or a .txt")
-    with file.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    if not rows or "path" not in rows[0]:
+    try:
+        with file.open(newline="", encoding=text) as stream:
+            reader = csv.DictReader(stream)
+            numbered = [(reader.line_num, row) for row in reader]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}); save it as such") from None
+    if not numbered or "path" not in numbered[0][1]:
         raise ValueError(f"{file} needs a first line that names its columns: path,label")
+    rows = [row for _, row in numbered]
+    wanted = ("path", "label") if labelled and "label" in rows[0] else ("path",)
+    for line, row in numbered:
+        for column in wanted:
+            if not row[column]:
+                raise ValueError(f"line {line} of {file} has no {column}")
     paths = tuple(file.parent / row["path"] for row in rows)
     if not all(row.get("label") for row in rows):
         return ImageSource(paths, (), ())

@@ -55,6 +55,8 @@ class Engine:
         precision: Precision = "fp32",
         batch_size: int = 16,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} is not 1 or more")
         loaded = load(model) if isinstance(model, (str, Path)) else model
         if not isinstance(loaded, BeitForImageClassification) or not loaded.config.num_classes:
             raise CheckpointError(
@@ -74,6 +76,8 @@ class Engine:
 
     def classify(self, pictures: Iterable[Picture], top: int = 5) -> Iterator[Prediction]:
         """Answers in the order of the pictures, batch by batch; any number fits in memory."""
+        if top < 1:
+            raise ValueError(f"top {top} is not 1 or more")
         labels = self.labels
         waiting = iter(pictures)
         while chunk := list(islice(waiting, self.batch_size)):
@@ -92,8 +96,7 @@ class Engine:
 
     def _prepare(self, picture: Picture) -> np.ndarray | BadImage:
         try:
-            image = picture if isinstance(picture, np.ndarray) else read_image(picture)
-            return preprocess(image, self.model.image_spec)
+            return preprocess(read_image(picture), self.model.image_spec)
         except BadImage as error:
             return error
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 import io
 import math
 import os
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -32,6 +35,8 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+Resize = Literal["short_side", "squash"]
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -51,11 +56,23 @@ class ImageSpec:
     """How a network wants its pictures. Saved with the weights."""
 
     size: tuple[int, int] = (224, 224)  # (height, width) in pixels
-    resize: Literal["short_side", "squash"] = "short_side"  # squash ignores the picture's shape
+    resize: Resize = "short_side"  # squash ignores the picture's shape
     filter: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     crop_ratio: float = 0.875  # short side is resized to size / crop_ratio, then the centre is cut
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"size {self.size} is not (height, width) in pixels")
+        if self.resize not in get_args(Resize):
+            raise ValueError(f"resize {self.resize!r} is not one of {', '.join(get_args(Resize))}")
+        if self.filter not in FILTERS:
+            raise ValueError(f"filter {self.filter!r} is not one of {', '.join(FILTERS)}")
+        if not 0 < self.crop_ratio <= 1:
+            raise ValueError(
+                f"crop_ratio {self.crop_ratio} is not in (0, 1]; 0.875 is usual, 1 shows all"
+            )
 
 
 def unilm_spec(img_size: int) -> ImageSpec:
@@ -63,16 +80,18 @@ def unilm_spec(img_size: int) -> ImageSpec:
     return ImageSpec(size=(img_size, img_size), crop_ratio=0.875 if img_size < 384 else 1.0)
 
 
-def read_image(source: str | os.PathLike[str] | bytes | Image.Image) -> np.ndarray:
+def read_image(source: str | os.PathLike[str] | bytes | Image.Image | np.ndarray) -> np.ndarray:
     """Read one picture as uint8 (height, width, 3) RGB, upright, whatever its file's mode.
 
     EXIF orientation is applied; other modes become RGB by Pillow's `convert`, 16-bit ones scaled
-    first. Raises BadImage for anything that is not a readable picture within the limits.
+    first. An array is only looked at. Raises BadImage for anything that is not a readable picture
+    within the limits.
     """
+    if isinstance(source, np.ndarray):
+        return _checked(source)
     name = "picture" if isinstance(source, (bytes, Image.Image)) else os.fspath(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _without_warnings():
             if isinstance(source, Image.Image):
                 return _to_rgb(source, name)
             content = source if isinstance(source, bytes) else _file_bytes(Path(source))
@@ -84,8 +103,34 @@ def read_image(source: str | os.PathLike[str] | bytes | Image.Image) -> np.ndarr
         raise
     except FileNotFoundError:
         raise BadImage("missing", name, "no such file") from None
+    except Image.DecompressionBombError as error:  # Pillow's own, far larger, limit is met first
+        raise BadImage("too_large", name, str(error)) from None
     except Exception as error:  # Pillow raises six kinds for broken files, SyntaxError among them
         raise BadImage("unreadable", name, f"not a readable picture ({error})") from error
+
+
+_readers = 0
+_readers_lock = threading.Lock()
+_silence = ExitStack()
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence Pillow about damaged files. The filters belong to the process, so the first of the
+    threads that read sets them and the last puts them back."""
+    global _readers
+    with _readers_lock:
+        if _readers == 0:
+            _silence.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        _readers += 1
+    try:
+        yield
+    finally:
+        with _readers_lock:
+            _readers -= 1
+            if _readers == 0:
+                _silence.close()
 
 
 def _file_bytes(path: Path) -> bytes:
@@ -93,6 +138,13 @@ def _file_bytes(path: Path) -> bytes:
     if size > MAX_FILE_BYTES:
         raise BadImage("too_large", str(path), f"{size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
     return path.read_bytes()
+
+
+def _checked(array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        came = f"{array.dtype} {array.shape}"
+        raise BadImage("unreadable", "picture", f"an array is uint8 (height, width, 3) RGB, not {came}")
+    return array
 
 
 def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
@@ -113,11 +165,9 @@ def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
 
 def _scale_to_bytes(values: np.ndarray) -> np.ndarray:
     """16-bit integers by 1/257; floats from [0, 1], or from their own range where they leave it."""
-    values = values.astype(np.float64)
-    if values.min() >= 0 and values.max() <= 1:
-        return np.round(values * 255).astype(np.uint8)
-    if values.min() >= 0 and values.max() <= 65535:
-        return np.round(values / 257).astype(np.uint8)
+    whole, values = values.dtype.kind in "iu", values.astype(np.float64)
+    if values.min() >= 0 and values.max() <= (65535 if whole else 1):
+        return np.round(values / 257 if whole else values * 255).astype(np.uint8)
     span = max(float(values.max() - values.min()), 1e-12)
     return np.round((values - values.min()) / span * 255).astype(np.uint8)
 

@@ -210,6 +210,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two layers with an exact GELU between them: (B, N, D) -> (B, N, D)."""
+
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
         hidden = int(config.embed_dim * config.mlp_ratio)
@@ -359,6 +361,7 @@ class Beit(nn.Module):
         return x
 
     def run_block(self, block: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """One block, its activations computed anew in the backward pass where that was asked for."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, x, bias, use_reentrant=False)
         return block(x, bias)
@@ -501,6 +504,7 @@ class BeitForMaskedImageModeling(Beit):
         )
 
     def logits(self, tokens: Tensor, bool_masked_pos: Tensor | None) -> Tensor:
+        """Normalised tokens (B, 1 + L, D) -> (M, V) of the masked patches, or (B, L, V) of all."""
         patches = tokens[:, 1:]
         if bool_masked_pos is not None:
             patches = patches[bool_masked_pos.flatten(1)]  # (M, D): the head runs on these alone

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ class RunError(ValueError):
 
 
 class CannotWrite(RunError):
+    """A run folder that the disk, or its rights, do not allow."""
+
     exit_code = 6
 
 
@@ -86,7 +89,10 @@ class Run:
         file = self.out / "run.toml"
         if not file.exists():
             raise RunError(f"{self.out} is not empty and holds no run; choose another --out")
-        before = tomllib.loads(file.read_text())
+        try:
+            before = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RunError(f"{file} is not TOML: {error}; --overwrite begins again") from error
         now = tomllib.loads(to_toml(described))
         changed = [
             f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
@@ -123,7 +129,8 @@ class Run:
         """Write a checkpoint of `step` finished steps and drop all but the newest two."""
         final = self.checkpoints / f"step-{step:08d}"
         beside = self.checkpoints / f".writing-{os.getpid()}"
-        shutil.rmtree(beside, ignore_errors=True)
+        for left in self.checkpoints.glob(".writing-*"):  # by a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
         beside.mkdir(parents=True)
         save_file(_contiguous(model.state_dict()), beside / "model.safetensors")
         if optimizer is not None:
@@ -186,7 +193,7 @@ class Run:
             print(f"{name}: going on from step {start} of {total}", file=sys.stderr)
         with stop_signals() as stop, Progress(name, total) as progress:
             for step, batch in enumerate(batches(range(start, total)), start):
-                torch.manual_seed((seed << 32) + step)
+                torch.manual_seed(step_seed(seed, step))
                 yield step, batch
                 done = step + 1
                 progress.update(done, self.latest)
@@ -197,6 +204,11 @@ class Run:
                         stop.exit_code,
                         f"stopped and saved at step {done} of {total}; give the same command to go on",
                     )
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Torch's seed of a step. Mixed, since torch on a CPU looks at the lower 32 bits alone."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -224,6 +236,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
+    """Give an optimiser the state that `optimizer_tensors` took from one of the same model."""
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         key, name = full_name.split(".", 1)
@@ -251,8 +264,17 @@ def describe_settings(settings: Any) -> dict[str, Any]:
 
 
 def to_toml(values: dict[str, Any]) -> str:
-    """Flat settings as TOML. JSON's strings, numbers, booleans and lists are TOML's too."""
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+    """Flat settings as TOML."""
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, float):
+        return repr(value)  # inf and nan are TOML's words, not JSON's
+    # JSON's strings, but TOML knows no halves of characters and no bare delete.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 # --- stopping and progress -------------------------------------------------------------------------
@@ -268,6 +290,7 @@ class StopRequest:
         return self.exit_code != 0
 
     def receive(self, number: int, _frame: object) -> None:
+        """The handler of the signals."""
         if self.exit_code:
             raise KeyboardInterrupt
         self.exit_code = 128 + number
@@ -323,6 +346,7 @@ class Progress:
             print(f"{self.label} {done}/{self.total}, {left:.0f} s left, {text}", file=sys.stderr)
 
     def close(self) -> None:
+        """Leave the terminal as it was."""
         if self.bar is not None:
             self.bar.stop()
 

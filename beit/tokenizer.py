@@ -254,6 +254,8 @@ class DiscreteVAEOutput(NamedTuple):
 
 
 class ResBlock(nn.Module):
+    """Three convolutions beside a straight way: (B, C, H, W) -> (B, C, H, W)."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.net = nn.Sequential(

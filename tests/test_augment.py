@@ -85,6 +85,16 @@ def test_published_views_are_224_and_112_pixels() -> None:
 
 # --- Flip ----------------------------------------------------------------------------------------
 
+
+def test_both_views_are_mirrored_where_the_picture_is() -> None:
+    views = replace(PLAIN, crop_scale=WHOLE, crop_ratio=WHOLE)
+    plain = views(smooth(40, 40), rng())
+    mirrored = replace(views, hflip=1.0)(smooth(40, 40), rng())
+    for one, other in zip(plain, mirrored, strict=True):
+        assert gap(one[:, ::-1], other) < 0.5  # filters round at the edges
+        assert gap(one, other) > 5
+
+
 WHOLE_CROP = CropAndFlip(img_size=24, crop_scale=WHOLE, crop_ratio=WHOLE)
 
 
@@ -158,20 +168,20 @@ def test_a_box_is_anywhere_it_fits_with_equal_chance() -> None:
 
 def test_ten_boxes_are_tried_before_the_centre_is_taken() -> None:
     """Where most boxes do not fit: the areas are those of the published rule, written out here."""
-    size, count = (64, 32), 4000
+    size, count = (200, 20), 4000
     left, top, right, bottom = boxes(size, SCALE, RATIO, count).T
     generator = rng(99)
     areas = []
     for _ in range(count):
         for _ in range(10):
-            area = generator.uniform(*SCALE) * 64 * 32
+            area = generator.uniform(*SCALE) * 200 * 20
             shape = math.exp(generator.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
             w, h = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
-            if w <= 64 and h <= 32:
+            if w <= 200 and h <= 20:
                 areas.append(w * h)
                 break
         else:
-            areas.append(round(32 * 4 / 3) * 32)
+            areas.append(round(20 * 4 / 3) * 20)
     ours = np.sort((right - left) * (bottom - top))
     theirs = np.sort(areas)
     grid = np.unique(np.concatenate([ours, theirs]))

@@ -364,6 +364,27 @@ def test_stopping_early_does_not_hang_and_makes_no_more(workers: int) -> None:
     assert len(made) == count <= 2 * workers + 1
 
 
+def test_what_was_not_begun_is_not_done_after_stopping() -> None:
+    made: list[int] = []
+    go_on = threading.Event()
+
+    def make(step: int) -> int:
+        made.append(step)
+        assert step == 0 or go_on.wait(10)
+        return step
+
+    loader = load_ahead(make, range(10), 1)
+    next(loader)
+    until(lambda: made == [0, 1])  # and 2 waits for its turn
+    closing = threading.Thread(target=loader.close)  # type: ignore[attr-defined]
+    closing.start()
+    time.sleep(0.05)
+    go_on.set()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert made == [0, 1]
+
+
 def test_work_is_done_in_as_many_threads_as_asked_for() -> None:
     meeting = threading.Barrier(3, timeout=10)  # passes only where three work at once
     list(load_ahead(lambda _: meeting.wait(), range(3), 3))

@@ -60,10 +60,12 @@ def test_batches_may_come_from_a_generator_of_any_sizes() -> None:
 
 def test_half_precision_is_close_and_comes_back_in_float32() -> None:
     model, batches = model_and_batches()
-    exact = extract_features(model, batches, [4], precision="fp32")[4]
-    half = extract_features(model, batches, [4], precision="bf16")[4]
-    assert half.dtype == torch.float32
-    assert 0 < float((half - exact).abs().max()) < 0.05 * float(exact.abs().max())
+    exact = extract_features(model, batches, [0, 4], precision="fp32")
+    half = extract_features(model, batches, [0, 4], precision="bf16")
+    for layer, features in half.items():
+        assert features.dtype == torch.float32
+        difference = float((features - exact[layer]).abs().max())
+        assert 0 < difference < 0.05 * float(exact[layer].abs().max())
 
 
 def test_missing_layer_is_named() -> None:

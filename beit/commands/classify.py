@@ -11,27 +11,29 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 from cyclopts import Parameter
+from cyclopts.types import PositiveInt
 
 from beit.data import list_pictures, open_source
 from beit.engine import Engine, Prediction
 from beit.precision import Precision
+from beit.run import CannotWrite
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Classify:
-    images: Annotated[list[Path], Parameter(consume_multiple=True, negative=())]
+    images: Annotated[list[Path], Parameter(consume_multiple=True)]
     """Pictures, folders of them, or a .txt or .csv that lists them."""
     _: KW_ONLY
     model: Annotated[str, Parameter(alias="-m")]
     """Model folder."""
-    top: int = 5
+    top: PositiveInt = 5
     """Classes to name for each picture."""
     out: Annotated[Path | None, Parameter(alias="-o")] = None
     """Write to this .csv or .jsonl instead."""
     json: bool = False
     """Print one JSON object a picture."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     precision: Precision = "fp32"
     device: str = "auto"
 
@@ -43,12 +45,11 @@ class SomeSkipped(Exception):
 
 
 def classify(settings: Classify) -> None:
-    """Classify pictures.
-
-    Example: beit classify photos/ -m flowers.run --top 3 -o out.csv
-    """
+    """Classify pictures."""
     if settings.out is not None and settings.out.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"--out {settings.out} must end in .csv or .jsonl")
+    if settings.out is not None and not settings.out.parent.is_dir():
+        raise CannotWrite(f"cannot write {settings.out}: {settings.out.parent} is not a folder")
     pictures = list(find_pictures(settings.images))
     engine = Engine(settings.model, settings.device, settings.precision, settings.batch_size)
     predictions = engine.classify(pictures, settings.top)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from cyclopts import Parameter
+from cyclopts.types import NonNegativeInt
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
@@ -45,17 +46,14 @@ class Demo:
     """A minute instead of six: shows the way, not the numbers."""
     seed: int = 0
     """Of the training and of which pictures keep their labels; the split is always the same."""
-    workers: int = 2
+    workers: NonNegativeInt = 2
     """Threads that prepare pictures."""
     overwrite: bool = False
     """Begin again where the folder holds an earlier demo."""
 
 
 def demo(settings: Demo = Demo()) -> dict[str, Any]:
-    """Train a tokenizer, pre-train, fine-tune, compare, classify; then write a page about it.
-
-    Example: beit demo --fast
-    """
+    """Train a tokenizer, pre-train, fine-tune, compare, classify; then write a page about it."""
     started = time.monotonic()
     out, tiny = settings.out, settings.fast
     data = out / "data"

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from cyclopts import Parameter
+from cyclopts.types import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +29,7 @@ class Evaluate:
     """Model folder."""
     split: str = "val"
     """Folder of DATA to score, where it has train/ and others."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     precision: Precision = "fp32"
     device: str = "auto"
     json: bool = False
@@ -36,10 +37,7 @@ class Evaluate:
 
 
 def evaluate(settings: Evaluate) -> dict[str, Any]:
-    """Score a classifier on labelled pictures.
-
-    Example: beit evaluate flowers/ -m flowers.run
-    """
+    """Score a classifier on labelled pictures."""
     engine = Engine(settings.model, settings.device, settings.precision, settings.batch_size)
     source = open_source(settings.data, settings.split, labelled=True).with_classes(engine.labels)
     logits = engine.logits_of(source)

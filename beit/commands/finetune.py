@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cyclopts import Parameter
+from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from beit.augment import CropAndFlip, normalise, to_unit
 from beit.checkpoints import load, save_model, to_classifier
@@ -37,26 +38,26 @@ class Finetune:
     """Run folder; becomes the model that `classify -m` takes."""
     val: Path | None = None
     """Labelled pictures to watch the accuracy on; DATA/val where that exists."""
-    img_size: int | None = None
+    img_size: PositiveInt | None = None
     """Pixels; the model's own where not given."""
     crop_ratio: float | None = None
     """Centre that evaluation looks at; 0.875 below 384 pixels where not given, 1 shows all."""
     drop_path: float = 0.1
     """Stochastic depth of the last block."""
-    epochs: int = 100
+    epochs: PositiveInt = 100
     """Passes over the pictures."""
-    steps: int = 0
+    steps: NonNegativeInt = 0
     """Training steps; 0 follows `epochs`."""
-    warmup_epochs: float = 20.0
+    warmup_epochs: NonNegativeFloat = 20.0
     """At most a fifth of the run."""
-    batch_size: int = 64
-    lr: float = 1e-3
+    batch_size: PositiveInt = 64
+    lr: NonNegativeFloat = 1e-3
     """Peak learning rate of the head; the paper's 4e-3 is for a batch of 1024."""
-    min_lr: float = 1e-6
+    min_lr: NonNegativeFloat = 1e-6
     layer_decay: float = 0.65
     """Each layer below learns this much slower: 0.65 base, 0.75 large; 1 turns it off."""
-    weight_decay: float = 0.05
-    clip_grad_norm: float = 0.0
+    weight_decay: NonNegativeFloat = 0.05
+    clip_grad_norm: NonNegativeFloat = 0.0
     """0 turns clipping off."""
     label_smoothing: float = 0.1
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -67,11 +68,11 @@ class Finetune:
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
     device: str = "auto"
-    workers: int = 2
+    workers: NonNegativeInt = 2
     """Threads that prepare pictures."""
-    log_every: int = 50
+    log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl."""
-    save_every: int = 500
+    save_every: PositiveInt = 500
     """Steps between checkpoints."""
     overwrite: bool = False
     """Begin again where the folder holds a run."""
@@ -85,10 +86,7 @@ class Batch(NamedTuple):
 
 
 def finetune(settings: Finetune) -> dict[str, float]:
-    """Fine-tune a model on labelled pictures.
-
-    Example: beit finetune flowers/ -m pretrained -o flowers.run
-    """
+    """Fine-tune a model on labelled pictures."""
     source = open_source(settings.data, labelled=True)
     if len(source.classes) < 2:
         raise ValueError(f"{settings.data} has one class ({source.classes[0]}); two or more are needed")
@@ -150,7 +148,7 @@ def finetune(settings: Finetune) -> dict[str, float]:
     model.eval()
     result: dict[str, float] = {"steps": total}
     if validation is not None:
-        logits = Engine(model, device=device.type, batch_size=64).logits_of(validation)
+        logits = Engine(model, device=str(device), batch_size=64).logits_of(validation)
         result["val_accuracy"] = top_k_accuracy(logits, np.array(validation.labels))
         print(
             f"{run.out}: {result['val_accuracy']:.1%} of {len(validation)} validation pictures right",

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cyclopts import Parameter
+from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from beit.augment import TwoViews, normalise, to_unit
 from beit.checkpoints import load_tokenizer, save_model
@@ -39,7 +40,7 @@ class Pretrain:
     """Run folder; becomes the model that `finetune -m` takes."""
     model: Annotated[str, Parameter(alias="-m")] = "beit_base_patch16_224"
     """Size of the encoder, by name."""
-    img_size: int | None = None
+    img_size: PositiveInt | None = None
     """Patch view in pixels; the model's own where not given."""
     crop_ratio: float | None = None
     """Centre that evaluation looks at; 0.875 below 384 pixels where not given, 1 shows all."""
@@ -51,18 +52,18 @@ class Pretrain:
     """Patches to hide; the paper's share (75 of 196) where not given."""
     min_block: int | None = None
     """Smallest block in patches; the paper's share (16 of 196) where not given."""
-    epochs: int = 800
+    epochs: PositiveInt = 800
     """Passes over the pictures."""
-    steps: int = 0
+    steps: NonNegativeInt = 0
     """Training steps; 0 follows `epochs`."""
-    warmup_epochs: float = 10.0
-    batch_size: int = 256
-    lr: float = 1.5e-3
+    warmup_epochs: NonNegativeFloat = 10.0
+    batch_size: PositiveInt = 256
+    lr: NonNegativeFloat = 1.5e-3
     """Peak learning rate; the paper's 1.5e-3 is for a batch of 2048."""
-    min_lr: float = 1e-5
+    min_lr: NonNegativeFloat = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.05
-    clip_grad_norm: float = 3.0
+    weight_decay: NonNegativeFloat = 0.05
+    clip_grad_norm: NonNegativeFloat = 3.0
     """0 turns clipping off."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of a picture's area that a crop covers."""
@@ -76,11 +77,11 @@ class Pretrain:
     gradient_checkpointing: bool = False
     """Less memory, more time."""
     device: str = "auto"
-    workers: int = 2
+    workers: NonNegativeInt = 2
     """Threads that prepare pictures."""
-    log_every: int = 50
+    log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl."""
-    save_every: int = 500
+    save_every: PositiveInt = 500
     """Steps between checkpoints."""
     overwrite: bool = False
     """Begin again where the folder holds a run."""
@@ -95,10 +96,7 @@ class Batch(NamedTuple):
 
 
 def pretrain(settings: Pretrain) -> dict[str, float]:
-    """Pre-train a BEiT on pictures without labels.
-
-    Example: beit pretrain photos/ --tokenizer tokenizer -o pretrained -m beit_small_patch16_224
-    """
+    """Pre-train a BEiT on pictures without labels."""
     source = open_source(settings.data)
     tokenizer = load_tokenizer(settings.tokenizer)
     device = pick_device(settings.device)

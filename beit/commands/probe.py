@@ -11,6 +11,7 @@ from typing import Annotated
 import numpy as np
 import torch
 from cyclopts import Parameter
+from cyclopts.types import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from beit.checkpoints import load
@@ -36,24 +37,21 @@ class Probe:
     """Mean of the patches, class token, or both."""
     split: str = "val"
     """Folder of DATA to score on."""
-    baseline: bool = True
+    baseline: Annotated[bool, Parameter(negative="--no-baseline")] = True
     """Probe the same network untrained beside it."""
     seed: int = 0
     """Of the untrained network and of the fifth held out to choose the penalty."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     precision: Precision = "auto"
     device: str = "auto"
-    workers: int = 2
+    workers: NonNegativeInt = 2
     """Threads that prepare pictures."""
     json: bool = False
     """Print one JSON line instead of words."""
 
 
 def probe(settings: Probe) -> dict[str, float | int | str]:
-    """Linear-probe a model: logistic regression on frozen features.
-
-    Example: beit probe flowers/ -m pretrained
-    """
+    """Linear-probe a model: logistic regression on frozen features."""
     train = open_source(settings.data, "train", labelled=True)
     test = open_source(settings.data, settings.split, labelled=True).with_classes(train.classes)
     if train.paths == test.paths:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from cyclopts import Parameter
+from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from beit.augment import CropAndFlip, to_unit
@@ -33,24 +34,24 @@ class TrainTokenizer:
     _: KW_ONLY
     out: Annotated[Path, Parameter(alias="-o")]
     """Run folder; becomes the tokenizer that `pretrain --tokenizer` takes."""
-    img_size: int = 112
+    img_size: PositiveInt = 112
     """Token view in pixels; BEiT's 224-pixel pictures are seen at 112."""
-    vocab_size: int = 8192
+    vocab_size: PositiveInt = 8192
     """Number of visual tokens; fewer for little data."""
-    code_dim: int = 16
+    code_dim: PositiveInt = 16
     """Width of a code."""
-    hidden_dim: int = 128
+    hidden_dim: PositiveInt = 128
     """Channels of encoder and decoder."""
-    num_layers: int = 3
+    num_layers: PositiveInt = 3
     """Halvings: a token stands for 2^num_layers pixels each way."""
     quantizer: Literal["vq", "gumbel"] = "vq"
     """How a code is chosen; `vq` keeps more of them alive."""
-    epochs: int = 20
+    epochs: PositiveInt = 20
     """Passes over the pictures."""
-    steps: int = 0
+    steps: NonNegativeInt = 0
     """Training steps; 0 follows `epochs`."""
-    batch_size: int = 64
-    lr: float = 1e-3
+    batch_size: PositiveInt = 64
+    lr: NonNegativeFloat = 1e-3
     """Peak learning rate of AdamW."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
     """Share of a picture's area that a training crop covers."""
@@ -60,21 +61,18 @@ class TrainTokenizer:
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
     device: str = "auto"
-    workers: int = 2
+    workers: NonNegativeInt = 2
     """Threads that prepare pictures."""
-    log_every: int = 50
+    log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl."""
-    save_every: int = 500
+    save_every: PositiveInt = 500
     """Steps between checkpoints."""
     overwrite: bool = False
     """Begin again where the folder holds a run."""
 
 
 def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
-    """Train a visual tokenizer on your own pictures.
-
-    Example: beit train-tokenizer photos/ -o tokenizer --vocab-size 1024
-    """
+    """Train a visual tokenizer on your own pictures."""
     source = open_source(settings.data)
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)

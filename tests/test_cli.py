@@ -1,0 +1,224 @@
+"""The command line: help with an example, errors on stderr with their codes, nothing slow."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import importlib
+import inspect
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Cli
+
+import beit.cli
+from beit.checkpoints import CheckpointError
+from beit.cli import COMMANDS, app, exit_code
+from beit.image import BadImage
+from beit.run import CannotWrite, RunError, Stopped
+
+PACKAGE = Path(beit.cli.__file__).parent
+
+
+# --- Help ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_shows_an_example_of_it(cli: Cli, name: str) -> None:
+    code, out, err = cli(name, "--help")
+    assert (code, err) == (0, "")
+    assert "Example:" in out
+    assert f"Example: beit {name}" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_lists_every_command(cli: Cli, words: list[str]) -> None:
+    code, out, err = cli(*words)
+    assert (code, err) == (0, "")
+    for name, says in COMMANDS.items():
+        line = says if isinstance(says, str) else says[0]
+        assert name in out
+        assert line.split()[0] in out
+
+
+def test_examples_are_whole_lines_that_can_be_copied(cli: Cli) -> None:
+    """At 80 columns; a terminal that wraps one in two would have it run in two."""
+    lines = cli("--help")[1].split("Examples:\n")[1].splitlines()
+    examples = lines[1 : lines.index("", 1)]
+    assert len(examples) >= 5
+    for line in examples:
+        name = line.split()[1]
+        assert line.startswith("  beit ")
+        assert name in COMMANDS
+        app.parse_args(shlex.split(line)[1:], print_error=False, exit_on_error=False)
+
+
+def test_every_file_of_commands_is_a_command() -> None:
+    files = {p.stem.replace("_", "-") for p in (PACKAGE / "commands").glob("*.py")} - {"--init--"}
+    assert files == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_option_offers_a_negative_that_means_nothing(cli: Cli, name: str) -> None:
+    out = cli(name, "--help")[1]
+    assert "--empty-" not in out
+    for flag in ("json", "overwrite", "fast", "gradient-checkpointing"):
+        assert f"--no-{flag}" not in out
+
+
+# The name says it all, the choices or the field's papers do.
+SELF_EXPLANATORY = {
+    "batch_size", "seed", "device", "precision", "min_lr", "weight_decay", "label_smoothing", "betas",
+    "warmup_epochs",
+}  # fmt: skip
+
+
+def options_without_help(source: str) -> list[str]:
+    """Fields of the settings that are not followed by a line of help."""
+    found = []
+    for settings in ast.parse(source).body:
+        if not isinstance(settings, ast.ClassDef) or not settings.decorator_list:
+            continue
+        if "Parameter(name='*')" not in [ast.unparse(d) for d in settings.decorator_list]:
+            continue
+        for field, after in zip(settings.body, [*settings.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) != "_":
+                has = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                if not has:
+                    found.append(ast.unparse(field.target))
+    return found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_line_of_help_or_a_name_that_needs_none(name: str) -> None:
+    source = (PACKAGE / "commands" / f"{name.replace('-', '_')}.py").read_text()
+    missing = set(options_without_help(source)) - SELF_EXPLANATORY
+    assert not missing, f"no help for {', '.join(sorted(missing))}"
+
+
+def test_an_option_without_help_is_seen() -> None:
+    code = (
+        '@Parameter(name="*")\nclass A:\n    a: int\n    """Said."""\n    b: int = 1\n    c: int = 2\n'
+    )
+    assert options_without_help(code) == ["b", "c"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_one_dataclass_and_one_function(name: str) -> None:
+    place = name.replace("-", "_")
+    module = importlib.import_module(f"beit.commands.{place}")
+    function = getattr(module, place)
+    assert list(inspect.signature(function).parameters) == ["settings"]
+    settings = getattr(module, "".join(part.title() for part in place.split("_")))
+    assert settings.__dataclass_params__.frozen
+
+
+def test_version_is_the_packages(cli: Cli) -> None:
+    assert cli("--version") == (0, f"{beit.__version__}\n", "")
+
+
+def test_a_process_answers_as_well(beit_process: object) -> None:
+    done = beit_process("--version")  # type: ignore[operator]
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{beit.__version__}\n", "")
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (("clasify", "cat.jpg"), 'Did you mean "classify"'),
+        (("train_tokeniser",), "train-tokenizer"),
+        (("classify",), "--images"),
+        (("classify", "cat.jpg"), "--model"),
+        (("classify", "cat.jpg", "-m", "m", "--tops", "3"), "--tops"),
+        (("classify", "cat.jpg", "-m", "m", "--top", "many"), "many"),
+        (("evaluate", "a", "b", "-m", "m"), "'b'"),
+        (("finetune", "nowhere", "-m", "m", "-o", "o"), "nowhere does not exist"),
+        (("pretrain", "nowhere", "--tokenizer", "t", "-o", "o"), "nowhere does not exist"),
+        (("train-tokenizer", "nowhere", "-o", "o"), "nowhere does not exist"),
+        (("probe", "nowhere", "-m", "m"), "nowhere does not exist"),
+        (("classify", "nowhere.jpg", "-m", "m"), "nowhere.jpg does not exist"),
+    ],
+)
+def test_a_wrong_word_ends_with_2_and_is_named_on_stderr(
+    cli: Cli, words: tuple[str, ...], cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli(*words)
+    assert (code, out) == (2, "")
+    assert cause in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_used_ends_with_5(cli: Cli, tmp_path: Path) -> None:
+    code, out, err = cli("evaluate", tmp_path, model=tmp_path / "nothing")
+    assert (code, out) == (5, "")
+    assert err == f"beit: {tmp_path / 'nothing'} does not exist"
+
+
+def test_a_place_that_cannot_be_written_ends_with_6(cli: Cli, shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out_folder = tmp_path / "file" / "run"
+    code, out, err = cli("train-tokenizer", shapes, img_size=32, hidden_dim=4, out=out_folder)
+    assert (code, out) == (6, "")
+    assert f"cannot write the run folder {out_folder}" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("x"), 2),
+        (BadImage("unreadable", "a.png", "x"), 2),
+        (RunError("x"), 2),
+        (CheckpointError("x"), 5),
+        (CannotWrite("x"), 6),
+        (OSError(errno.ENOSPC, "full"), 6),
+        (PermissionError(errno.EACCES, "forbidden"), 6),
+        (FileNotFoundError(errno.ENOENT, "ours"), 1),
+        (Stopped(130, "x"), 130),
+        (Stopped(143, "x"), 143),
+        (RuntimeError("ours"), 1),
+        (KeyError("ours"), 1),
+    ],
+)
+def test_an_error_has_the_documented_code(error: Exception, code: int) -> None:
+    assert exit_code(error) == code
+    words = (beit.cli.__doc__ or "").replace("\n", " ")
+    assert f"{code} " in words
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def app() -> None:
+        raise error
+
+    monkeypatch.setattr(beit.cli, "app", app)
+
+
+def test_our_own_mistakes_keep_their_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli()
+
+
+def test_debugging_shows_where_any_error_came_from(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, ValueError("the user's"))
+    assert cli() == (2, "", "beit: the user's")
+    monkeypatch.setenv("BEIT_DEBUG", "1")
+    with pytest.raises(ValueError, match="the user's"):
+        cli()
+
+
+def test_ctrl_c_before_a_run_ends_with_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, KeyboardInterrupt())
+    assert cli()[0] == 130
+
+
+def test_the_module_runs_as_the_program_does() -> None:
+    tree = ast.parse((PACKAGE / "__main__.py").read_text())
+    assert "from beit.cli import main" in ast.unparse(tree)
+    assert "beit.cli" in sys.modules
