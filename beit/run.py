@@ -78,14 +78,15 @@ class Run:
             if overwrite and (self.out / "run.toml").exists():
                 shutil.rmtree(self.out)
             if self.out.exists() and any(self.out.iterdir()):
-                self._check_same(described)
+                paths = {key for key, value in vars(settings).items() if isinstance(value, Path)}
+                self._check_same(described, paths)
             else:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 write_atomically(self.out / "run.toml", to_toml(described).encode())
         except (PermissionError, NotADirectoryError, OSError) as error:
             raise CannotWrite(f"cannot write the run folder {self.out}: {error}") from error
 
-    def _check_same(self, described: dict[str, Any]) -> None:
+    def _check_same(self, described: dict[str, Any], paths: set[str]) -> None:
         file = self.out / "run.toml"
         if not file.exists():
             raise RunError(f"{self.out} is not empty and holds no run; choose another --out")
@@ -97,7 +98,9 @@ class Run:
         changed = [
             f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
-            if key not in FREE_SETTINGS and before.get(key) != now.get(key)
+            if key not in FREE_SETTINGS
+            and before.get(key) != now.get(key)
+            and not (key in paths and same_place(before.get(key), now.get(key)))
         ]
         if changed:
             raise RunError(
@@ -240,7 +243,9 @@ def load_optimizer_tensors(
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         key, name = full_name.split(".", 1)
-        device = parameters[name].device if value.ndim else "cpu"  # AdamW counts its steps on the CPU
+        # A fused AdamW counts its steps beside the parameter, any other on the CPU.
+        beside = value.ndim or optimizer.defaults.get("fused")
+        device = parameters[name].device if beside else "cpu"
         optimizer.state[parameters[name]][key] = value.to(device)
 
 
@@ -261,6 +266,13 @@ def describe_settings(settings: Any) -> dict[str, Any]:
     """A command's dataclass as plain values, its name first; what is None is left out."""
     values = {"command": type(settings).__name__, **dataclasses.asdict(settings)}
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items() if v is not None}
+
+
+def same_place(one: Any, other: Any) -> bool:
+    """Whether two paths lead to the same place, one of them perhaps relative."""
+    if not (isinstance(one, str) and isinstance(other, str)):
+        return False
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def to_toml(values: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import sys
 import time
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
@@ -43,11 +44,11 @@ class Demo:
     out: Annotated[Path, Parameter(alias="-o")] = Path("demo")
     """Folder for the pictures, the runs and the page."""
     fast: bool = False
-    """A minute instead of six: shows the way, not the numbers."""
+    """A minute instead of five: shows the way, not the numbers."""
     seed: int = 0
     """Of the training and of which pictures keep their labels; the split is always the same."""
-    workers: NonNegativeInt = 2
-    """Threads that prepare pictures."""
+    workers: NonNegativeInt = 0
+    """Threads that prepare pictures; for ones this small the hand-over costs more than it saves."""
     overwrite: bool = False
     """Begin again where the folder holds an earlier demo."""
 
@@ -86,7 +87,8 @@ def demo(settings: Demo = Demo()) -> dict[str, Any]:
 
     test = open_source(data, "test", labelled=True)
     table: list[dict[str, Any]] = []
-    for number, labels in enumerate(NUM_LABELS):
+    number = 3
+    for labels in NUM_LABELS:
         train = data / "train" if not labels else data / f"train-{labels}.csv"
         row: dict[str, Any] = {"labels": labels or len(open_source(train))}
         for name, start in (("pretrained", str(pretraining.out)), ("scratch", MODEL)):
@@ -95,7 +97,8 @@ def demo(settings: Demo = Demo()) -> dict[str, Any]:
                 steps=30 if tiny else 800, batch_size=50, lr=3e-3, layer_decay=1.0, drop_path=0.0,
                 crop_scale=(0.8, 1.0), **plain,
             )  # fmt: skip
-            tell(4 + number, f"fine-tune with {row['labels']} labels, {name}", tuning)
+            number += 1
+            tell(number, f"fine-tune with {row['labels']} labels, {name}", tuning)
             finetune(tuning)
             row[name] = top_k_accuracy(Engine(tuning.out).logits_of(test), np.array(test.labels))
         row["raw_pixels"] = raw_pixel_accuracy(open_source(train, labelled=True), test)
@@ -175,18 +178,23 @@ def command_line(settings: Any) -> str:
         if field.name != "data":
             words.append("--" + field.name.replace("_", "-"))
         words += [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def tell(number: int, what: str, settings: Any) -> None:
     """A heading on the terminal: the step, and the command that does it."""
-    print(f"\n{number}/6  {what}\n     {command_line(settings)}", file=sys.stderr)
+    print(
+        f"\n{number}/{3 + 2 * len(NUM_LABELS)}  {what}\n     {command_line(settings)}", file=sys.stderr
+    )
 
 
 def show(result: dict[str, Any], out: Path, best: Path) -> None:
     """The results as a table for people."""
     console = Console()
-    table = Table(title=f"Right of {result['test_pictures']} test digits", title_justify="left")
+    title = f"Right of {result['test_pictures']} test digits"
+    if result["fast"]:
+        title += "; --fast shows the way only, the numbers need the whole demo"
+    table = Table(title=title, title_justify="left")
     for column in ("labels", "pre-trained", "from scratch", "raw pixels"):
         table.add_column(column, justify="right")
     for row in result["test_accuracy"]:
@@ -197,8 +205,6 @@ def show(result: dict[str, Any], out: Path, best: Path) -> None:
         f"tokens alive {result['live_codes']:.0%} of 128 · linear probe {result['probe']:.1%}, "
         f"untrained {result['probe_untrained']:.1%} · {result['seconds']} s"
     )
-    if result["fast"]:
-        console.print("--fast shows the way only; the numbers need the whole demo.")
     console.print(f"The page: {out / 'report.html'}", soft_wrap=True)
     console.print(f"Yours to try: beit classify {out}/data/test/7 -m {best} --top 3", soft_wrap=True)
 

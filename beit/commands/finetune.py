@@ -21,7 +21,7 @@ from beit.engine import Engine
 from beit.image import unilm_spec
 from beit.metrics import top_k_accuracy
 from beit.model import BeitForImageClassification, variant
-from beit.optim import cosine_schedule, param_groups, set_learning_rate
+from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate
 from beit.precision import Precision, autocast, pick_device
 from beit.run import Run
 
@@ -99,7 +99,7 @@ def finetune(settings: Finetune) -> dict[str, float]:
 
     layer_decay = None if settings.layer_decay == 1 else settings.layer_decay
     groups = param_groups(model, settings.weight_decay, layer_decay, config.depth)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+    optimizer = adamw(groups, settings.lr)
     view = CropAndFlip(config.image_height_width[0], settings.crop_scale, hflip=settings.hflip)
     steps_per_epoch = max(len(source) // settings.batch_size, 1)
     total = settings.steps or settings.epochs * steps_per_epoch

@@ -21,7 +21,7 @@ from beit.image import unilm_spec
 from beit.masking import sample_mask
 from beit.metrics import codebook_use
 from beit.model import BeitForMaskedImageModeling, variant
-from beit.optim import cosine_schedule, param_groups, set_learning_rate
+from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate
 from beit.precision import Precision, autocast, pick_device
 from beit.run import Run
 from beit.tokenizer import Tokenizer
@@ -130,9 +130,7 @@ def pretrain(settings: Pretrain) -> dict[str, float]:
 
     sample_mask(config.grid, num_masked, np.random.default_rng(0), min_block)  # refuses what cannot be
     run = Run(settings.out, settings, settings.overwrite)
-    optimizer = torch.optim.AdamW(
-        param_groups(model, settings.weight_decay), lr=settings.lr, betas=settings.betas
-    )
+    optimizer = adamw(param_groups(model, settings.weight_decay), settings.lr, settings.betas)
     steps_per_epoch = max(len(source) // settings.batch_size, 1)
     total = settings.steps or settings.epochs * steps_per_epoch
     warmup = min(round(settings.warmup_epochs * steps_per_epoch), total // 2)
@@ -200,7 +198,8 @@ def pretrain(settings: Pretrain) -> dict[str, float]:
     last = {key: value for key, value in metrics[-1].items() if isinstance(value, (int, float))}
     print(
         f"{run.out}: {total} steps, loss {last['loss']:.3f}, {last['token_accuracy']:.1%} of masked "
-        "tokens guessed (5 % is normal with a vocabulary of 8192)",
+        f"tokens guessed, chance {1 / tokenizer.vocab_size:.2%}"
+        + ("; about 5 % is normal for 8192 tokens" if tokenizer.vocab_size == 8192 else ""),
         file=sys.stderr,
     )
     return last

@@ -61,12 +61,14 @@ def probe(settings: Probe) -> dict[str, float | int | str]:
     model = load(settings.model)
     layer = default_layer(model.config.depth) if settings.layer is None else settings.layer
     result: dict[str, float | int | str] = {"layer": layer, "pooling": settings.pooling}
-    result["accuracy"] = probe_accuracy(model, train, test, layer, settings)
+    result["accuracy"] = probe_accuracy(settings.model, model, train, test, layer, settings)
     if settings.baseline:
         torch.manual_seed(settings.seed)
         untrained = type(model)(model.config)
         untrained.image_spec = model.image_spec
-        result["untrained_accuracy"] = probe_accuracy(untrained, train, test, layer, settings)
+        result["untrained_accuracy"] = probe_accuracy(
+            "the same, untrained", untrained, train, test, layer, settings
+        )
     if settings.json:
         import json
 
@@ -85,9 +87,10 @@ def probe(settings: Probe) -> dict[str, float | int | str]:
 
 
 def probe_accuracy(
-    model: Beit, train: ImageSource, test: ImageSource, layer: int, settings: Probe
+    name: str, model: Beit, train: ImageSource, test: ImageSource, layer: int, settings: Probe
 ) -> float:
     """Fit on `train` (a fifth of it chooses the penalty, then all of it is fitted), score on `test`."""
+    print(f"{name}: features of {len(train)} + {len(test)} pictures", file=sys.stderr)
     x, y = features_and_labels(model, train, layer, settings)
     held_out = stratified_fifth(train.labels, settings.seed)
     fitted = (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
@@ -111,7 +114,6 @@ def features_and_labels(
     def batches() -> Iterator[Tensor]:
         yield from load_ahead(prepare, range(len(parts)), settings.workers)
 
-    print(f"features of {len(source)} pictures", file=sys.stderr)
     features = extract_features(model, batches(), [layer], settings.pooling, settings.precision)
     return features[layer], torch.tensor(source.labels)
 

@@ -19,7 +19,7 @@ from beit.checkpoints import save_tokenizer
 from beit.data import ImageSource, batch_at, load_ahead, open_source, sample_rng
 from beit.image import ImageSpec, resize_and_crop
 from beit.metrics import CodebookUse, codebook_use, psnr
-from beit.optim import cosine_schedule
+from beit.optim import adamw, cosine_schedule
 from beit.precision import Precision, autocast, pick_device
 from beit.run import Run
 from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig
@@ -89,12 +89,8 @@ def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
     tokenizer = tokenizer.to(device)
     tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a sixth faster
     run = Run(settings.out, settings, settings.overwrite)
-    optimizer = torch.optim.AdamW(
-        [p for p in tokenizer.parameters() if p.requires_grad],
-        lr=settings.lr,
-        betas=(0.9, 0.99),
-        weight_decay=1e-4,
-    )
+    trained = [p for p in tokenizer.parameters() if p.requires_grad]
+    optimizer = adamw(trained, settings.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     view = CropAndFlip(settings.img_size, settings.crop_scale, hflip=settings.hflip)
     total = settings.steps or settings.epochs * max(len(source) // settings.batch_size, 1)
 
