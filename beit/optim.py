@@ -7,7 +7,6 @@ token (the mask token and the bias tables do decay); with layer-wise decay, one 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,13 +64,13 @@ def param_groups(
 
 
 def adamw(
-    groups: Sequence[dict[str, Any]] | Sequence[nn.Parameter],
+    groups: list[dict[str, Any]] | list[nn.Parameter],
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
 ) -> torch.optim.AdamW:
     """AdamW in one fused pass over each tensor; eps 1e-8. Groups may name their own weight decay."""
-    return torch.optim.AdamW(list(groups), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def cosine_schedule(
