@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from beit.checkpoints import (
         CheckpointError,
-        LoadReport,
         load,
+        load_model,
         load_tokenizer,
-        save_model,
+        save,
         save_tokenizer,
-        to_classifier,
     )
     from beit.engine import Engine, Prediction
     from beit.features import extract_features
+    from beit.handover import LoadReport, to_classifier
     from beit.image import BadImage, ImageSpec, preprocess, read_image
     from beit.masking import sample_mask
     from beit.model import (
@@ -43,11 +43,11 @@ __version__ = version("beit")
 
 _PLACES = {
     "beit.checkpoints": (
-        "CheckpointError", "LoadReport", "load", "load_tokenizer", "save_model", "save_tokenizer",
-        "to_classifier",
+        "CheckpointError", "load", "load_model", "load_tokenizer", "save", "save_tokenizer",
     ),
     "beit.engine": ("Engine", "Prediction"),
     "beit.features": ("extract_features",),
+    "beit.handover": ("LoadReport", "to_classifier"),
     "beit.image": ("BadImage", "ImageSpec", "preprocess", "read_image"),
     "beit.masking": ("sample_mask",),
     "beit.model": (
@@ -80,11 +80,12 @@ __all__ = [
     "__version__",
     "extract_features",
     "load",
+    "load_model",
     "load_tokenizer",
     "preprocess",
     "read_image",
     "sample_mask",
-    "save_model",
+    "save",
     "save_tokenizer",
     "to_classifier",
 ]

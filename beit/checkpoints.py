@@ -1,304 +1,531 @@
-"""Models on disk: write and read them, and hand a pre-trained encoder over to a classifier.
+"""Models on disk: read those of every format, write those that every format's own library reads.
 
-A saved model is a transformers folder: `config.json`, `model.safetensors` with transformers' names,
-`preprocessor_config.json`, a model card. What transformers has no field for stands under one key,
-`beit`, of `config.json`. Tokenizers are folders of the same kind with a `model_type` of their own.
-Only JSON and safetensors are read, so nothing that is opened can run code.
+A saved model is a transformers folder: `config.json`, `model.safetensors` with transformers' names on
+disk, `preprocessor_config.json`, a model card. What transformers has no field for stands under one
+key, `beit`, of `config.json`. Tokenizers are folders of the same kind with a `model_type` of their own.
+
+What comes in may also be a timm folder, a raw file of unilm's or timm's, OpenAI's pickled dVAE, a
+VQ-KD file, or a name on the hub. Files are JSON, safetensors, or read by `unpickle`'s allow-list:
+nothing that is opened can run code.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from beit.atomic import write_together
-from beit.image import ImageSpec, unilm_spec
-from beit.model import (
-    Beit,
-    BeitConfig,
-    BeitForImageClassification,
-    BeitForMaskedImageModeling,
-    resize_positions,
+from beit.atomic import write_atomically, write_together
+from beit.configs import (
+    FORMAT,
+    MODEL_CLASSES,
+    describe_model,
+    describe_processor,
+    describe_timm,
+    read_image_spec,
+    read_labels,
+    read_processor,
+    read_timm_spec,
+    read_transformers_config,
 )
-from beit.relative_position import relative_position_index, resize_bias_table
+from beit.handover import hand_over, resized_spec
+from beit.hub import class_names, resolve
+from beit.image import IMAGENET_MEAN, IMAGENET_STD, ImageSpec, unilm_spec
+from beit.layouts import (
+    from_transformers,
+    layout_of,
+    read_config,
+    reason_to_ignore,
+    strip_prefix,
+    to_transformers,
+)
+from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
+from beit.relative_position import relative_position_index
 from beit.tokenizer import DalleConfig, DalleTokenizer, DiscreteVAE, DiscreteVAEConfig
+from beit.unpickle import Inert, RefusedFile, module_tensors, read_weights
 from beit.vqkd import VQKD, VQKDConfig
 
-FORMAT = 1  # of what stands under the `beit` key
+Size = int | tuple[int, int]
+Format = Literal["transformers", "timm", "unilm"]
 
 
 class CheckpointError(ValueError):
-    """A model folder that cannot be used, and why."""
+    """A model that cannot be used, and why."""
 
     exit_code = 5
 
 
-MODEL_CLASSES: dict[str, type[Beit]] = {
-    "BeitModel": Beit,
-    "BeitForMaskedImageModeling": BeitForMaskedImageModeling,
-    "BeitForImageClassification": BeitForImageClassification,
-}
-
-# Our name (timm's and unilm's) -> transformers' name on disk. {i} is a block. The fused qkv matrix is
-# cut in three; see `to_transformers`.
-ENCODER_NAMES = {
-    "cls_token": "embeddings.cls_token",
-    "mask_token": "embeddings.mask_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "rel_pos_bias": "encoder.relative_position_bias",
-    "blocks.{i}.norm1": "encoder.layer.{i}.layernorm_before",
-    "blocks.{i}.norm2": "encoder.layer.{i}.layernorm_after",
-    "blocks.{i}.gamma_1": "encoder.layer.{i}.lambda_1",
-    "blocks.{i}.gamma_2": "encoder.layer.{i}.lambda_2",
-    "blocks.{i}.attn.q_bias": "encoder.layer.{i}.attention.attention.query.bias",
-    "blocks.{i}.attn.v_bias": "encoder.layer.{i}.attention.attention.value.bias",
-    "blocks.{i}.attn.relative_position_bias_table": (
-        "encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table"
-    ),
-    "blocks.{i}.attn.proj": "encoder.layer.{i}.attention.output.dense",
-    "blocks.{i}.mlp.fc1": "encoder.layer.{i}.intermediate.dense",
-    "blocks.{i}.mlp.fc2": "encoder.layer.{i}.output.dense",
-    "fc_norm": "pooler.layernorm",
-}
-HEAD_NAMES = {"head": "classifier", "lm_head": "lm_head", "cls_pt_layers": "cls_pt_layers"}
-QKV = "encoder.layer.{i}.attention.attention."
+# --- reading ---------------------------------------------------------------------------------------
 
 
-def rename(name: str, table: dict[str, str]) -> str | None:
-    """Translate a parameter name by the table; None where no row fits."""
-    number = re.search(r"(?:blocks|layer)\.(\d+)\.", name)
-    for ours, theirs in table.items():
-        if number:
-            ours, theirs = ours.replace("{i}", number[1]), theirs.replace("{i}", number[1])
-        if name == ours or name.startswith(ours + "."):
-            return theirs + name[len(ours) :]
-    return None
+@dataclass
+class Weights:
+    """A model as it was found: tensors under our names, and what is known about them."""
+
+    path: Path
+    layout: str  # as people call it: "transformers folder", "unilm file", ...
+    tensors: dict[str, Tensor]
+    config: BeitConfig
+    model_class: type[Beit]
+    image_spec: ImageSpec
+    id2label: dict[int, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    assumed: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def to_transformers(model: Beit) -> dict[str, Tensor]:
-    """The model's tensors under transformers' names on disk (the old ones, which all versions read)."""
-    prefix = "" if type(model) is Beit else "beit."
-    norm = "layernorm" if isinstance(model, BeitForMaskedImageModeling) else f"{prefix}layernorm"
-    result: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.detach().cpu()
-        qkv = re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.weight", name)
-        if qkv:
-            for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                result[f"{prefix}{QKV.format(i=qkv[1])}{part}.weight"] = rows.contiguous()
-        elif name.startswith("norm."):
-            result[norm + name[4:]] = tensor.contiguous()
-        elif head := rename(name, HEAD_NAMES):
-            result[head] = tensor.contiguous()
-        else:
-            encoder = rename(name, ENCODER_NAMES)
-            assert encoder is not None, f"parameter {name} has no transformers name"
-            result[prefix + encoder] = tensor.contiguous()
-    return result
+def load(
+    source: str | Path,
+    *,
+    img_size: Size | None = None,
+    num_classes: int | None = None,
+    patch_size: int | None = None,
+    num_heads: int | None = None,
+    early_layer: int | None = None,
+    image_spec: ImageSpec | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> Beit | AnyTokenizer:
+    """Read a model, or a visual tokenizer, of any known format, in evaluation mode.
 
-
-def from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse; a name that no rule knows is kept, so that the loader can report it."""
-    back = {theirs: ours for ours, theirs in {**ENCODER_NAMES, **HEAD_NAMES}.items()}
-    result: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        name = full_name.removeprefix("beit.")
-        part = re.fullmatch(
-            r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.weight", name
-        )
-        if part:
-            parts.setdefault(part[1], {})[part[2]] = tensor
-        elif name.endswith("relative_position_index"):
-            continue  # recomputed; old files carry one a block
-        elif name.startswith("layernorm."):
-            second = full_name != name and name in tensors  # a norm before the masked model's own
-            result[full_name if second else "norm" + name[len("layernorm") :]] = tensor
-        else:
-            result[rename(name, back) or full_name] = tensor
-    for number, qkv in parts.items():
-        if len(qkv) == 3:
-            rows = [qkv["query"], qkv["key"], qkv["value"]]
-            alike = len({row.shape for row in rows}) == 1
-            # What cannot be one matrix is shown by its largest part, for the loader to report.
-            fused = torch.cat(rows) if alike else max(rows, key=Tensor.numel)
-            result[f"blocks.{number}.attn.qkv.weight"] = fused
-    return result
-
-
-# --- config.json ----------------------------------------------------------------------------------
-
-
-def describe_model(model: Beit, provenance: dict[str, Any]) -> dict[str, Any]:
-    """The content of config.json."""
-    c = model.config
-    size = c.img_size if isinstance(c.img_size, int) else list(c.img_size)
-    name = next(name for name, cls in MODEL_CLASSES.items() if cls is type(model))
-    masked = isinstance(model, BeitForMaskedImageModeling)
-    pools_the_mean = masked or (c.pooling == "mean" and type(model) is not Beit)
-    content: dict[str, Any] = {
-        "architectures": [name],
-        "model_type": "beit",
-        "image_size": size,
-        "patch_size": c.patch_size,
-        "num_channels": c.in_chans,
-        "hidden_size": c.embed_dim,
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.num_heads,
-        "intermediate_size": int(c.embed_dim * c.mlp_ratio),
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.02,
-        "layer_norm_eps": c.layer_norm_eps,
-        "layer_scale_init_value": c.init_values,
-        "drop_path_rate": c.drop_path_rate,
-        "use_mask_token": c.use_mask_token,
-        "use_absolute_position_embeddings": c.use_abs_pos_emb,
-        "use_relative_position_bias": c.rel_pos_bias == "per_block",
-        "use_shared_relative_position_bias": c.rel_pos_bias == "shared",
-        # A bare encoder ends in a norm over all tokens, which is transformers' other pooling; its masked
-        # model has a norm of its own, and a second one unless its encoder believes that it pools.
-        "use_mean_pooling": pools_the_mean,
-        "vocab_size": c.vocab_size,
-        "dtype": str(model.cls_token.dtype).removeprefix("torch."),
-        "beit": {
-            "format": FORMAT,
-            "pooling": c.pooling,
-            "early_layer": c.early_layer,
-            "head_layers": c.head_layers,
-            "image_spec": dataclasses.asdict(model.image_spec),
-            "provenance": provenance,
-        },
-    }
-    if isinstance(model, BeitForImageClassification):
-        names = [model.id2label.get(i, str(i)) for i in range(c.num_classes)]
-        content["id2label"] = {str(i): name for i, name in enumerate(names)}
-        content["label2id"] = {name: i for i, name in enumerate(names)}
-    return content
-
-
-def read_model_config(content: dict[str, Any]) -> BeitConfig:
-    """A BeitConfig from the content of config.json; ours, or transformers' for a BEiT."""
-    ours = content.get("beit", {})
-    size = content["image_size"]
-    if content.get("use_shared_relative_position_bias"):
-        bias = "shared"
-    else:
-        bias = "per_block" if content.get("use_relative_position_bias") else "none"
-    return BeitConfig(
-        img_size=size if isinstance(size, int) else (size[0], size[1]),
-        patch_size=content["patch_size"],
-        in_chans=content.get("num_channels", 3),
-        embed_dim=content["hidden_size"],
-        depth=content["num_hidden_layers"],
-        num_heads=content["num_attention_heads"],
-        mlp_ratio=content["intermediate_size"] / content["hidden_size"],
-        init_values=content.get("layer_scale_init_value") or 0.0,
-        rel_pos_bias=bias,  # type: ignore[arg-type]
-        use_abs_pos_emb=content.get("use_absolute_position_embeddings", False),
-        use_mask_token=content.get("use_mask_token", False),
-        pooling=ours.get("pooling", "mean" if content.get("use_mean_pooling", True) else "cls"),
-        layer_norm_eps=content.get("layer_norm_eps", 1e-12),
-        drop_path_rate=content.get("drop_path_rate", 0.0),
-        num_classes=len(content.get("id2label", {})),
-        vocab_size=content.get("vocab_size", 8192),
-        early_layer=ours.get("early_layer", 0),
-        head_layers=ours.get("head_layers", 2),
+    source: a folder (ours, transformers', timm's), a file (unilm's or timm's .pth, OpenAI's
+    encoder.pkl, VQ-KD's .pth, safetensors), `hub:owner/name[@revision]`, or a name of `beit models`.
+    The rest is as in `load_model`. Raises CheckpointError, or ValueError for a wrong argument.
+    """
+    path = resolve(str(source), revision)
+    if is_tokenizer(path):
+        return load_tokenizer(path, num_heads=num_heads)
+    return load_model(
+        path,
+        img_size=img_size,
+        num_classes=num_classes,
+        patch_size=patch_size,
+        num_heads=num_heads,
+        early_layer=early_layer,
+        image_spec=image_spec,
+        dtype=dtype,
     )
 
 
-def describe_processor(spec: ImageSpec) -> dict[str, Any]:
-    """The content of preprocessor_config.json: the same preparation in transformers' words."""
-    height, width = spec.size
-    crop = spec.resize == "short_side"
-    short_side = {"shortest_edge": math.floor(min(height, width) / spec.crop_ratio)}
-    return {
-        "image_processor_type": "BeitImageProcessor",
-        "do_resize": True,
-        "size": short_side if crop else {"height": height, "width": width},
-        "resample": {"bilinear": 2, "bicubic": 3, "lanczos": 1}[spec.filter],
-        "do_center_crop": crop,
-        "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
-        "do_reduce_labels": False,
+def load_model(
+    source: str | Path,
+    *,
+    img_size: Size | None = None,
+    num_classes: int | None = None,
+    patch_size: int | None = None,
+    num_heads: int | None = None,
+    early_layer: int | None = None,
+    image_spec: ImageSpec | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> Beit:
+    """Read an encoder or a classifier of any known format, in evaluation mode.
+
+    img_size, patch_size: pixels; another than the file's resizes bias tables, positions and kernel.
+    num_classes: another than the file's begins a new head, 0 leaves it off (features); a pre-trained
+    model becomes a classifier by it. num_heads, early_layer, image_spec: what the file does not say,
+    where the rule is wrong. dtype: the file's own where not given.
+
+    The model has `config`, `image_spec`, `id2label`, `load_report`, `provenance`. Raises
+    CheckpointError where the source is no BEiT or does not fit.
+    """
+    found = find_weights(resolve(str(source), revision), img_size, num_heads, early_layer)
+    _check_own(found)
+    cls, config = found.model_class, found.config
+    if num_classes is not None and (
+        cls is not BeitForImageClassification or num_classes != config.num_classes
+    ):
+        cls, config = BeitForImageClassification, config.for_classification(num_classes)
+    config = replace(
+        config, img_size=img_size or config.img_size, patch_size=patch_size or config.patch_size
+    )
+    classifies = issubclass(cls, BeitForImageClassification)
+    keep_head = config.num_classes == found.config.num_classes
+    begins_anew = classifies and (
+        not {"fc_norm.weight", "norm.weight"} & found.tensors.keys()
+        or found.model_class is not cls
+        or (config.num_classes > 0 and not keep_head)
+    )
+    # Shapes alone, where every value comes from the file.
+    with torch.device("cpu" if begins_anew else "meta"):
+        model = cls(config)
+    model.image_spec = image_spec or found.image_spec
+    if image_spec is None and config.image_height_width != found.config.image_height_width:
+        model.image_spec = resized_spec(model, config)
+    model.id2label = found.id2label if keep_head and classifies else {}
+    taken, report, unknown = hand_over(found.tensors, found.config, model, keep_head)
+    assert not unknown, f"tensors that passed for known are not: {unknown}"
+    model.load_report = replace(
+        report, ignored={**found.ignored, **report.ignored}, assumed=[*found.assumed, *report.assumed]
+    )
+    model.provenance = {"source": str(source), "layout": found.layout, **found.provenance}
+    model.load_state_dict(taken, strict=False, assign=True)
+    model.relative_position_index = relative_position_index(config.grid)
+    return model.to(dtype).requires_grad_(True).eval() if dtype else model.requires_grad_(True).eval()
+
+
+def find_weights(
+    path: Path,
+    img_size: Size | None = None,
+    num_heads: int | None = None,
+    early_layer: int | None = None,
+) -> Weights:
+    """Look at a folder or a file and say what is in it. Raises CheckpointError."""
+    try:
+        if path.is_dir():
+            content = _read_config(path)
+            if "pretrained_cfg" in content or "architecture" in content:
+                return _timm_folder(path, content, img_size, num_heads, early_layer)
+            return _transformers_folder(path, content)
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist")
+        return _single_file(path, img_size, num_heads, early_layer)
+    except (CheckpointError, RefusedFile):
+        raise
+    except Exception as error:  # a wrong number shows as almost anything
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        raise CheckpointError(f"{path} does not describe a BEiT: {reason}") from error
+
+
+def _transformers_folder(path: Path, content: dict[str, Any]) -> Weights:
+    kind = content.get("model_type")
+    if kind not in ("beit", "data2vec-vision"):
+        raise CheckpointError(
+            f"{path} holds a {kind!r}, not a BEiT encoder"
+            + ("; give it as --tokenizer" if kind in TOKENIZERS else "")
+        )
+    ours = content.get("beit", {})
+    if ours.get("format", FORMAT) > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {ours['format']} and this version of beit reads up to {FORMAT}; update it"
+        )
+    name = (content.get("architectures") or ["BeitModel"])[0].replace("Data2VecVision", "Beit")
+    if name not in {*MODEL_CLASSES, "BeitForSemanticSegmentation", "BeitBackbone"}:
+        raise CheckpointError(f"{path} holds a {name}; known are {', '.join(MODEL_CLASSES)}")
+    assumed: list[str] = []
+    config = read_transformers_config(content)
+    labels = read_labels(content, assumed)
+    tensors, ignored = _set_aside(strip_prefix(from_transformers(_folder_tensors(path))))
+    if name not in MODEL_CLASSES or (name == "BeitModel" and "norm.weight" not in tensors):
+        # transformers' bare encoder pools the mean into a norm, as our classifier without a head does;
+        # a segmentation model's encoder has no norm at all.
+        name, labels, config = "BeitForImageClassification", {}, replace(config, num_classes=0)
+    if "image_spec" in ours:
+        try:
+            spec = read_image_spec(ours["image_spec"])
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"image_spec in config.json: {error}") from None
+    elif (file := path / "preprocessor_config.json").is_file():
+        spec = read_processor(_read_json(file))
+    else:
+        spec = ImageSpec(config.image_height_width, "squash", crop_ratio=1.0)
+        assumed.append("preparation: squashed, bicubic, mean 0.5 (there is no preprocessor_config.json)")
+    return Weights(
+        path,
+        "beit folder" if ours else "transformers folder",
+        tensors,
+        config,
+        MODEL_CLASSES[name],
+        spec,
+        labels,
+        ignored,
+        assumed,
+        ours.get("provenance", {}),
+    )
+
+
+def _timm_folder(
+    path: Path,
+    content: dict[str, Any],
+    img_size: Size | None,
+    num_heads: int | None,
+    early_layer: int | None,
+) -> Weights:
+    architecture = str(content.get("architecture"))
+    if not architecture.startswith("beit"):
+        raise CheckpointError(f"{path} holds timm's {architecture}, not a BEiT")
+    pretrained, arguments = content.get("pretrained_cfg", {}), content.get("model_args", {})
+    shape = pretrained.get("input_size", [3, 224, 224])
+    found = _from_blocks(
+        path,
+        _folder_tensors(path),
+        arguments.get("num_heads", num_heads),
+        early_layer,
+        (shape[1], shape[2]),
+    )
+    found.layout, found.image_spec = "timm folder", read_timm_spec(pretrained, (shape[1], shape[2]))
+    if names := content.get("label_names"):
+        found.id2label = {i: str(name) for i, name in enumerate(names)}
+    return found
+
+
+def _single_file(
+    path: Path, img_size: Size | None, num_heads: int | None, early_layer: int | None
+) -> Weights:
+    content, tensors, rest = _file_tensors(path)
+    layout = layout_of(tensors)
+    if layout in ("dalle", "vqkd"):
+        raise CheckpointError(f"{path} holds a visual tokenizer; give it as --tokenizer")
+    if layout == "transformers":
+        tensors = from_transformers(tensors)
+    elif layout == "vit":
+        raise CheckpointError(
+            f"{path} has attn.qkv.bias, so its keys have a bias: it is a ViT, DeiT or BEiT-3"
+        )
+    elif layout == "unknown":
+        raise CheckpointError(
+            f"{path} has no tensors of a BEiT; its first are {', '.join(list(tensors)[:4]) or 'none'}"
+        )
+    found = _from_blocks(path, tensors, num_heads, early_layer, img_size)
+    found.ignored |= rest
+    side = max(found.config.image_height_width)
+    wrapped = content is not tensors or any("relative_position_index" in name for name in found.ignored)
+    if layout == "transformers":
+        found.layout = "transformers file"
+        found.config = replace(found.config, layer_norm_eps=1e-12)
+        found.image_spec = ImageSpec(found.config.image_height_width, "squash", "bilinear", 1.0)
+    else:
+        found.layout = "unilm file" if wrapped or "mask_token" in found.tensors else "timm file"
+        crop = (
+            unilm_spec(side).crop_ratio if found.layout == "unilm file" else (0.9 if side < 384 else 1.0)
+        )
+        found.image_spec = ImageSpec(found.config.image_height_width, crop_ratio=crop)
+    imagenet = "beitv2" in path.name or found.config.early_layer or found.config.use_abs_pos_emb
+    if imagenet:
+        found.image_spec = replace(found.image_spec, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    spec = found.image_spec
+    found.assumed.append(
+        f"preparation of a {found.layout}: {spec.resize}, {spec.filter}, crop {spec.crop_ratio}, "
+        f"mean {spec.mean[0]}; image_spec= sets it"
+    )
+    if names := class_names(found.config.num_classes):
+        found.id2label = dict(enumerate(names))
+        found.assumed.append(f"class names: those of ImageNet with {len(names)} classes, in their order")
+    return found
+
+
+def _from_blocks(
+    path: Path,
+    tensors: dict[str, Tensor],
+    num_heads: int | None,
+    early_layer: int | None,
+    img_size: Size | None,
+) -> Weights:
+    """unilm's and timm's tensors: everything is read from them."""
+    tensors, ignored = _set_aside(strip_prefix(tensors))
+    config, assumed = read_config(tensors, img_size, num_heads, early_layer)
+    model_class: type[Beit] = BeitForImageClassification
+    if "lm_head.weight" in tensors:
+        model_class = BeitForMaskedImageModeling
+    elif not {"head.weight", "fc_norm.weight"} & tensors.keys() and "norm.weight" in tensors:
+        model_class = Beit
+    return Weights(
+        path, "file", tensors, config, model_class, unilm_spec(224), {}, ignored, assumed
+    )  # fmt: skip
+
+
+def _set_aside(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Take out what is of no use beside an encoder, with the reasons."""
+    ignored = {name: reason for name in tensors if (reason := reason_to_ignore(name))}
+    return {name: tensor for name, tensor in tensors.items() if name not in ignored}, ignored
+
+
+CONTAINERS = ("model", "module", "state_dict", "weights")
+
+
+def _file_tensors(path: Path) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
+    """What a file holds, the state dict in it, and what lay beside that dict."""
+    content = read_weights(path)
+    if isinstance(content, Inert):
+        return content, module_tensors(content), {}
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
+    inner, rest = content, {}
+    for key in CONTAINERS:
+        if isinstance(content.get(key), dict):
+            inner = content[key]
+            rest = {str(k): "the state of a training run" for k in content if k != key}
+            break
+    tensors = {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(
+            f"{path} holds no tensors; its keys are {', '.join(map(str, list(inner)[:6]))}"
+        )
+    rest |= {str(name): "not a tensor" for name, value in inner.items() if not isinstance(value, Tensor)}
+    return (content if inner is not content else tensors), tensors, rest
+
+
+def _folder_tensors(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder: safetensors, in one file or several, or an old .bin."""
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if file.is_file():
+        return _safetensors(file)
+    if index.is_file():
+        parts = sorted(set(map(str, _read_json(index).get("weight_map", {}).values())))
+        strangers = [part for part in parts if Path(part).name != part]
+        if strangers or not parts:
+            raise CheckpointError(
+                f"{index} names files outside its folder: {', '.join(strangers) or 'none'}"
+            )
+        return {name: tensor for part in parts for name, tensor in _safetensors(folder / part).items()}
+    for name in ("pytorch_model.bin", "model.bin"):
+        if (folder / name).is_file():
+            return _file_tensors(folder / name)[1]
+    raise CheckpointError(f"{folder} has no model.safetensors and no pytorch_model.bin")
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} does not exist") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        if (folder / "run.toml").exists():
+            raise CheckpointError(
+                f"the run {folder} has not finished; give its command again and it will go on"
+            )
+        raise CheckpointError(f"{folder} has no config.json, so it is not a model folder")
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return content
+
+
+def _check_own(found: Weights) -> None:
+    """A file against its own config: nothing missing, nothing unknown, every shape as it should be."""
+    depth = found.config.depth
+    if not any(name.startswith(f"blocks.{depth - 1}.") for name in found.tensors):
+        raise CheckpointError(
+            f"{found.path} does not fit its own config: it has no block {depth} of {depth}"
+        )
+    try:
+        with torch.device("meta"):
+            wanted = found.model_class(found.config).state_dict()
+    except Exception as error:  # a wrong number in config.json shows as almost anything
+        raise CheckpointError(f"{found.path} does not describe a BEiT: {error}") from error
+    if not {"fc_norm.weight", "norm.weight"} & found.tensors.keys():  # a backbone, taken before its norm
+        wanted = {name: like for name, like in wanted.items() if not name.startswith("fc_norm.")}
+    _check_same(
+        found.path, {k: v.shape for k, v in wanted.items()}, found.tensors, describe_family(found)
+    )
+
+
+def _check_same(
+    path: Path, wanted: dict[str, torch.Size], tensors: dict[str, Tensor], what: str
+) -> None:
+    missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    facts = [f"{len(missing)} tensors are missing ({_some(missing)})"] if missing else []
+    facts += [f"{len(unknown)} are unknown ({_some(unknown)})"] if unknown else []
+    facts += [
+        f"{name} is {tuple(tensors[name].shape)}, its config says {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ][:4]
+    if facts:
+        raise CheckpointError(f"{path} does not fit its own config, {what}: {'; '.join(facts)}")
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
+def describe_family(found: Weights) -> str:
+    """What a model is, in words: "BEiT classifier, 12 blocks of width 768, one bias table a block"."""
+    c = found.config
+    task = {
+        BeitForMaskedImageModeling: f"masked-image model of {c.vocab_size} tokens",
+        BeitForImageClassification: f"classifier of {c.num_classes} classes"
+        if c.num_classes
+        else "encoder",
+    }.get(found.model_class, "encoder")
+    version = "BEiT v2" if c.early_layer else "BEiT"
+    bias = {
+        "per_block": "one bias table a block",
+        "shared": "one shared bias table",
+        "none": "no bias table",
     }
+    extras = [bias[c.rel_pos_bias]]
+    if c.use_abs_pos_emb:
+        extras.append("absolute positions")
+    if not c.init_values:
+        extras.append("no LayerScale")
+    return f"{version} {task}, {c.depth} blocks of width {c.embed_dim}, {', '.join(extras)}"
 
 
-def read_image_spec(content: dict[str, Any]) -> ImageSpec:
-    """An ImageSpec from what `dataclasses.asdict` made of it, by way of JSON."""
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-    return ImageSpec(**values)
+# --- writing ---------------------------------------------------------------------------------------
 
 
-# --- folders --------------------------------------------------------------------------------------
-
-
-def save_model(model: Beit, folder: str | Path, provenance: dict[str, Any] | None = None) -> None:
-    """Write a model as a folder that `load`, and transformers' from_pretrained, read.
+def save(
+    model: Beit,
+    folder: str | Path,
+    provenance: dict[str, Any] | None = None,
+    to: Format = "transformers",
+) -> None:
+    """Write a model as a folder that `load` and transformers' from_pretrained read; or as timm's
+    folder; or, `to="unilm"`, as unilm's file.
 
     provenance: how it was made, plain values; kept in config.json. config.json is written last, so a
-    folder that has one is whole.
+    folder that has one is whole. Raises ValueError for what the format cannot hold.
     """
     folder = Path(folder)
+    if to == "unilm":
+        return write_atomically(folder, unilm_bytes(model))
     folder.mkdir(parents=True, exist_ok=True)
-    config = describe_model(model, provenance or {})
-    card = _model_card(model, config, provenance or {})
-    contents = {
-        "model.safetensors": save(to_transformers(model), metadata={"format": "pt"}),
-        "preprocessor_config.json": _json(describe_processor(model.image_spec)),
-        "README.md": card.encode(),
-        "config.json": _json(config),
+    if to == "timm":
+        config = describe_timm(model)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+        contents = {"model.safetensors": to_safetensors(tensors, metadata={"format": "pt"})}
+    else:
+        config = describe_model(model, provenance or {})
+        card = _model_card(model, config, provenance or {})
+        contents = {
+            "model.safetensors": to_safetensors(to_transformers(model), metadata={"format": "pt"}),
+            "preprocessor_config.json": _json(describe_processor(model.image_spec)),
+            "README.md": card.encode(),
+        }
+    write_together(folder, {**contents, "config.json": _json(config)})
+    return None
+
+
+def unilm_bytes(model: Beit) -> bytes:
+    """unilm's file: its names under `model`, with the index buffers that its strict loading asks for."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    index = relative_position_index(model.config.grid)
+    places = {
+        name.removesuffix("bias_table") + "index" for name in tensors if name.endswith("bias_table")
     }
-    write_together(folder, contents)
+    stream = io.BytesIO()
+    torch.save({"model": {**tensors, **dict.fromkeys(sorted(places), index)}}, stream)
+    return stream.getvalue()
 
 
-def load(source: str | Path) -> Beit:
-    """Read a model folder; the model comes in evaluation mode.
-
-    `model.config`, `model.image_spec` and `model.id2label` come with it. Raises CheckpointError where
-    the folder is no model, or its tensors are not those of its config.
-    """
-    folder = Path(source)
-    content = _read_config(folder)
-    if content.get("model_type") != "beit":
-        raise CheckpointError(
-            f"{folder} holds a {content.get('model_type')!r}, not a BEiT encoder"
-            + ("; give it as --tokenizer" if content.get("model_type") in TOKENIZERS else "")
-        )
-    name = (content.get("architectures") or ["?"])[0]
-    if name not in MODEL_CLASSES:
-        raise CheckpointError(f"{folder} holds a {name}; known are {', '.join(MODEL_CLASSES)}")
-    try:
-        config = read_model_config(content)
-        with torch.device("meta"):  # shapes only: every value comes from the file
-            model = MODEL_CLASSES[name](config)
-        model.id2label = {int(i): label for i, label in content.get("id2label", {}).items()}
-        if "image_spec" in content.get("beit", {}):
-            model.image_spec = read_image_spec(content["beit"]["image_spec"])
-    except Exception as error:  # a wrong number shows as almost anything
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a BEiT: {error!r}") from error
-    tensors = from_transformers(_read_tensors(folder))
-    _check_same(folder, {k: v.shape for k, v in model.state_dict().items()}, tensors)
-    model.load_state_dict(tensors, assign=True)
-    model.relative_position_index = relative_position_index(config.grid)
-    return model.requires_grad_(True).eval()
+# --- tokenizers ------------------------------------------------------------------------------------
 
 
 AnyTokenizer = DiscreteVAE | DalleTokenizer | VQKD
@@ -322,74 +549,109 @@ def save_tokenizer(
         "provenance": provenance or {},
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in tokenizer.state_dict().items()}
-    weights = save(tensors, metadata={"format": "pt"})
+    weights = to_safetensors(tensors, metadata={"format": "pt"})
     write_together(folder, {"model.safetensors": weights, "config.json": _json(config)})
 
 
-def load_tokenizer(source: str | Path) -> AnyTokenizer:
-    """Read a tokenizer folder, in evaluation mode. Raises CheckpointError."""
-    folder = Path(source)
-    content = _read_config(folder)
+def is_tokenizer(path: Path) -> bool:
+    """Whether a folder or a file is a visual tokenizer and no encoder."""
+    if path.is_dir():
+        file = path / "config.json"
+        return file.is_file() and _read_json(file).get("model_type") in TOKENIZERS
+    return path.exists() and layout_of(_file_tensors(path)[1]) in ("dalle", "vqkd")
+
+
+def load_tokenizer(source: str | Path, num_heads: int | None = None) -> AnyTokenizer:
+    """Read a visual tokenizer, in evaluation mode.
+
+    source: a folder of ours; OpenAI's encoder.pkl, which takes the decoder.pkl beside it along; a
+    VQ-KD .pth. num_heads: of a VQ-KD file whose heads are not 64 wide. Raises CheckpointError.
+    """
+    path = resolve(str(source))
+    if not path.is_dir():
+        return _tokenizer_file(path, num_heads)
+    content = _read_config(path)
     kind = content.get("model_type")
     if kind not in TOKENIZERS:
         raise CheckpointError(
-            f"{folder} holds a {kind!r}, not a visual tokenizer; train one with "
+            f"{path} holds a {kind!r}, not a visual tokenizer; train one with "
             "`beit train-tokenizer DATA -o RUN`"
         )
     try:
         tokenizer = TOKENIZERS[kind](content["sizes"])
     except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'} has wrong sizes: {error!r}") from error
-    tensors = _read_tensors(folder)
+        raise CheckpointError(f"{path / 'config.json'} has wrong sizes: {error!r}") from error
+    return _fill_tokenizer(path, tokenizer, _folder_tensors(path))
+
+
+def _tokenizer_file(path: Path, num_heads: int | None) -> AnyTokenizer:
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    tensors = _file_tensors(path)[1]
+    try:
+        if layout_of(tensors) == "dalle":
+            return _dalle(path, tensors)
+        if layout_of(tensors) == "vqkd":
+            dropped = ("loss", "teacher", "scaling")
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(dropped)}
+            return _fill_tokenizer(path, VQKD(read_vqkd_config(tensors, num_heads)), tensors)
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error.args[0]}") from None
+    raise CheckpointError(
+        f"{path} is not a visual tokenizer; its first tensors are {_some(list(tensors))}"
+    )
+
+
+def _dalle(path: Path, tensors: dict[str, Tensor]) -> AnyTokenizer:
+    """OpenAI's dVAE from its encoder's file, the decoder's beside it."""
+    if "blocks.input.w" in tensors:  # one half, as OpenAI pickled it
+        if tensors["blocks.input.w"].shape[1] != 3:
+            raise CheckpointError(f"{path} is the decoder; give the encoder, and it takes this along")
+        other = path.with_name(path.name.replace("encoder", "decoder"))
+        tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+        if other != path and other.exists():
+            drawn = _file_tensors(other)[1]
+            tensors |= {f"decoder.{name}": tensor for name, tensor in drawn.items()}
+    head, stem = tensors["encoder.blocks.output.conv.w"], tensors["encoder.blocks.input.w"]
+    start = tensors.get("decoder.blocks.input.w")
+    config = DalleConfig(
+        vocab_size=head.shape[0],
+        n_hid=stem.shape[0],
+        n_init=128 if start is None else start.shape[0],
+        n_blk_per_group=len(
+            {n.split(".")[3] for n in tensors if n.startswith("encoder.blocks.group_1.")}
+        ),
+    )
+    return _fill_tokenizer(path, DalleTokenizer(config, with_decoder=start is not None), tensors)
+
+
+def read_vqkd_config(tensors: dict[str, Tensor], num_heads: int | None = None) -> VQKDConfig:
+    """A VQKDConfig from the published names' shapes; heads are 64 wide where num_heads is not given."""
+    kernel, codes = tensors["encoder.patch_embed.proj.weight"], tensors["quantize.embedding.weight"]
+    grid = math.isqrt(tensors["encoder.pos_embed"].shape[1] - 1)
+
+    def depth(part: str) -> int:
+        return 1 + max(int(m[1]) for n in tensors if (m := re.match(rf"{part}\.blocks\.(\d+)\.", n)))
+
+    return VQKDConfig(
+        img_size=grid * kernel.shape[-1],
+        patch_size=kernel.shape[-1],
+        embed_dim=kernel.shape[0],
+        encoder_depth=depth("encoder"),
+        decoder_depth=depth("decoder"),
+        num_heads=num_heads or max(1, kernel.shape[0] // 64),
+        vocab_size=codes.shape[0],
+        code_dim=codes.shape[1],
+        teacher_dim=tensors["decode_task_layer.2.weight"].shape[0],
+    )
+
+
+def _fill_tokenizer(path: Path, tokenizer: AnyTokenizer, tensors: dict[str, Tensor]) -> AnyTokenizer:
     if isinstance(tokenizer, DalleTokenizer) and not any(k.startswith("decoder.") for k in tensors):
         tokenizer.decoder = None
-    _check_same(folder, {k: v.shape for k, v in tokenizer.state_dict().items()}, tensors)
+    _check_same(path, {k: v.shape for k, v in tokenizer.state_dict().items()}, tensors, "a tokenizer")
     tokenizer.load_state_dict(tensors)
     return tokenizer.eval()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.exists():
-        raise CheckpointError(f"{folder} does not exist")
-    file = folder / "config.json"
-    if not file.is_file():
-        if (folder / "run.toml").exists():
-            raise CheckpointError(
-                f"the run {folder} has not finished; give its command again and it will go on"
-            )
-        raise CheckpointError(f"{folder} has no config.json, so it is not a model folder")
-    try:
-        content = json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return content
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise CheckpointError(f"{folder} has no model.safetensors")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-
-
-def _check_same(folder: Path, wanted: dict[str, torch.Size], tensors: dict[str, Tensor]) -> None:
-    missing = sorted(wanted.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - wanted.keys())
-    wrong = [
-        f"{k} is {tuple(tensors[k].shape)}, config.json says {tuple(wanted[k])}"
-        for k in sorted(wanted.keys() & tensors.keys())
-        if tensors[k].shape != wanted[k]
-    ]
-    if missing or extra or wrong:
-        facts = [f"{len(missing)} tensors are missing ({', '.join(missing[:4])}, …)"] if missing else []
-        facts += [f"{len(extra)} are unknown ({', '.join(extra[:4])}, …)"] if extra else []
-        facts += wrong[:4]
-        raise CheckpointError(f"{folder} does not fit its own config.json: {'; '.join(facts)}")
 
 
 def _json(content: dict[str, Any]) -> bytes:
@@ -411,74 +673,3 @@ def _model_card(model: Beit, config: dict[str, Any], provenance: dict[str, Any])
         lines += ["", "| how it was made | |", "|---|---|"]
         lines += [f"| {key} | {value} |" for key, value in provenance.items()]
     return "\n".join(lines) + "\n"
-
-
-# --- hand-over ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of each tensor of the source, and what is new."""
-
-    used: list[str] = field(default_factory=list)
-    resized: list[str] = field(default_factory=list)
-    expanded: list[str] = field(default_factory=list)  # the shared table, now one a block
-    new: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        rows = [(name, getattr(self, name)) for name in ("resized", "expanded", "new", "ignored")]
-        text = [f"{name} {', '.join(_shorten(names))}" for name, names in rows if names]
-        return "; ".join([f"used {len(self.used)} tensors", *text])
-
-
-def _shorten(names: list[str]) -> list[str]:
-    return list(dict.fromkeys(re.sub(r"blocks\.\d+\.", "blocks.*.", name) for name in names))
-
-
-def to_classifier(
-    source: Beit,
-    classes: Sequence[str],
-    img_size: int | tuple[int, int] | None = None,
-    drop_path_rate: float = 0.0,
-) -> tuple[BeitForImageClassification, LoadReport]:
-    """A classifier that begins with the encoder of `source` (recipe §2.6).
-
-    The shared bias table is copied into every block; tables and positions are resized to another
-    img_size; the final norm and the masked-image head are left behind, and `fc_norm` and the head
-    begin anew (a classifier's head is kept where it has the same classes in the same order).
-    """
-    old = source.config
-    size = old.img_size if img_size is None else img_size
-    config = replace(old.for_classification(len(classes)), img_size=size, drop_path_rate=drop_path_rate)
-    model = BeitForImageClassification(config)
-    spec = replace(source.image_spec, size=config.image_height_width)
-    if spec.crop_ratio == unilm_spec(source.image_spec.size[0]).crop_ratio:  # nobody chose another
-        spec = replace(spec, crop_ratio=unilm_spec(spec.size[0]).crop_ratio)
-    model.image_spec = spec
-    model.id2label = dict(enumerate(classes))
-    same_head = source.id2label == model.id2label
-    report = LoadReport()
-    tensors = source.state_dict()
-    shared = tensors.pop("rel_pos_bias.relative_position_bias_table", None)
-    if shared is not None:
-        names = [f"blocks.{i}.attn.relative_position_bias_table" for i in range(config.depth)]
-        tensors.update(dict.fromkeys(names, shared))
-        report.expanded.append("rel_pos_bias.relative_position_bias_table")
-    wanted = model.state_dict()
-    taken: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name not in wanted or (name.startswith("head.") and not same_head):
-            report.ignored.append(name)
-            continue
-        if old.grid != config.grid and name.endswith("relative_position_bias_table"):
-            tensor = resize_bias_table(tensor, old.grid, config.grid)
-            report.resized.append(name)
-        elif old.grid != config.grid and name == "pos_embed":
-            tensor = resize_positions(tensor, old.grid, config.grid)
-            report.resized.append(name)
-        taken[name] = tensor
-        report.used.append(name)
-    report.new.extend(sorted(wanted.keys() - taken.keys()))
-    model.load_state_dict(taken, strict=False)
-    return model, report

@@ -45,6 +45,18 @@ COMMANDS = {
         "Classify pictures.",
         "beit classify photos/ -m flowers.run --top 3 -o out.csv",
     ),
+    "models": (
+        "List the released models, and what to type for each.",
+        "beit models beitv2",
+    ),
+    "convert": (
+        "Convert a model between the formats of transformers, timm and unilm.",
+        "beit convert beit_base_patch16_224_pt22k_ft22kto1k.pth base-224",
+    ),
+    "info": (
+        "Tell what a model file or folder is.",
+        "beit info base-224",
+    ),
 }
 
 EPILOGUE = "\n".join(
@@ -54,6 +66,7 @@ EPILOGUE = "\n".join(
         *(f"  {example}" for _, example in COMMANDS.values()),
         "",
         "`beit <command> --help` tells the settings of one.",
+        "With --offline, or BEIT_OFFLINE=1, no command downloads a model.",
         "",
     ]
 )
@@ -79,6 +92,9 @@ for _name, (_help, _example) in COMMANDS.items():
 
 def main() -> None:
     """Run one command and exit with its code. BEIT_DEBUG=1 shows where an error came from."""
+    if "--offline" in sys.argv[1:]:  # of every command, so a setting of none
+        sys.argv.remove("--offline")
+        os.environ["BEIT_OFFLINE"] = "1"
     try:
         app()
     except KeyboardInterrupt:

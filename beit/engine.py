@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from beit.checkpoints import CheckpointError, load
+from beit.checkpoints import CheckpointError, load_model
 from beit.data import ImageSource
 from beit.image import BadImage, preprocess, read_image
 from beit.model import Beit, BeitForImageClassification
@@ -57,7 +57,7 @@ class Engine:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} is not 1 or more")
-        loaded = load(model) if isinstance(model, (str, Path)) else model
+        loaded = load_model(model) if isinstance(model, (str, Path)) else model
         if not isinstance(loaded, BeitForImageClassification) or not loaded.config.num_classes:
             raise CheckpointError(
                 f"{model if isinstance(model, (str, Path)) else type(model).__name__} has no classifier; "

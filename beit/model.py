@@ -18,7 +18,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -264,11 +264,13 @@ class Beit(nn.Module):
     Set `gradient_checkpointing` to trade time for memory in training.
 
     image_spec: how its pictures were prepared; id2label: its classes, empty where it has none. Both
-    are saved with the weights.
+    are saved with the weights. load_report, provenance: of a loaded one, where it came from.
     """
 
     image_spec: ImageSpec
     id2label: dict[int, str]
+    load_report: Any  # a handover.LoadReport where the weights came from a file, else None
+    provenance: dict[str, Any]
     cls_token: nn.Parameter
     mask_token: nn.Parameter | None
     pos_embed: nn.Parameter | None
@@ -283,6 +285,8 @@ class Beit(nn.Module):
             unilm_spec(max(config.image_height_width)), size=config.image_height_width
         )
         self.id2label = {}
+        self.load_report = None
+        self.provenance = {}
         self.gradient_checkpointing = False
         width, grid = config.embed_dim, config.grid
         self.patch_embed = PatchEmbed(config)

@@ -20,17 +20,19 @@ from torch import Tensor, nn
 import beit.atomic
 from beit.checkpoints import (
     CheckpointError,
-    LoadReport,
     load,
+    load_model,
     load_tokenizer,
-    save_model,
+    save,
     save_tokenizer,
-    to_classifier,
 )
+from beit.handover import LoadReport, to_classifier
+from beit.hub import HubError
 from beit.image import IMAGENET_MEAN, IMAGENET_STD, ImageSpec
 from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 from beit.relative_position import resize_bias_table
 from beit.tokenizer import DalleConfig, DalleTokenizer, DiscreteVAE, DiscreteVAEConfig
+from beit.unpickle import RefusedFile
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = BeitConfig(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=4)
@@ -91,7 +93,7 @@ def same_tensors(one: nn.Module, other: nn.Module) -> None:
 @torch.no_grad()
 def test_a_model_comes_back_as_it_went(name: str, tmp_path: Path) -> None:
     model = build(name)
-    save_model(model, tmp_path)
+    save(model, tmp_path)
     back = load(tmp_path)
     assert type(back) is type(model)
     assert back.config == model.config
@@ -104,7 +106,7 @@ def test_a_model_comes_back_as_it_went(name: str, tmp_path: Path) -> None:
 
 
 def test_a_saved_model_is_the_documented_files(tmp_path: Path) -> None:
-    save_model(build("classifier"), tmp_path / "deep" / "folder")
+    save(build("classifier"), tmp_path / "deep" / "folder")
     assert sorted(p.name for p in (tmp_path / "deep" / "folder").iterdir()) == [
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     ]  # fmt: skip
@@ -113,7 +115,7 @@ def test_a_saved_model_is_the_documented_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_number_format_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     model = build("classifier").to(dtype)
-    save_model(model, tmp_path)
+    save(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype)[6:]
     back = load(tmp_path)
     assert back.cls_token.dtype == dtype
@@ -121,20 +123,20 @@ def test_number_format_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_class_names_come_back_in_any_script(tmp_path: Path) -> None:
-    save_model(build("classifier"), tmp_path)
+    save(build("classifier"), tmp_path)
     assert load(tmp_path).id2label == NAMES
 
 
 def test_image_spec_comes_back(tmp_path: Path) -> None:
     model = build("classifier")
     model.image_spec = ImageSpec((32, 48), "squash", "lanczos", 0.93, IMAGENET_MEAN, IMAGENET_STD)
-    save_model(model, tmp_path)
+    save(model, tmp_path)
     assert load(tmp_path).image_spec == model.image_spec
 
 
 def test_provenance_is_kept_in_config_and_card(tmp_path: Path) -> None:
     facts = {"made_by": "a test", "steps": 12, "val_accuracy": 0.5}
-    save_model(build("classifier"), tmp_path, facts)
+    save(build("classifier"), tmp_path, facts)
     assert json.loads((tmp_path / "config.json").read_text())["beit"]["provenance"] == facts
     card = (tmp_path / "README.md").read_text()
     assert "| steps | 12 |" in card
@@ -142,15 +144,15 @@ def test_provenance_is_kept_in_config_and_card(tmp_path: Path) -> None:
 
 
 def test_loaded_model_trains(tmp_path: Path) -> None:
-    save_model(build("classifier"), tmp_path)
+    save(build("classifier"), tmp_path)
     model = load(tmp_path).train()
     model(pictures(SMALL)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:
-    save_model(build("classifier"), tmp_path / "a")
-    save_model(load(tmp_path / "a"), tmp_path / "b")
+    save(build("classifier"), tmp_path / "a")
+    save(load(tmp_path / "a"), tmp_path / "b")
     for file in (tmp_path / "a").iterdir():
         assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
 
@@ -159,7 +161,7 @@ def test_a_golden_model_survives_the_folder(tmp_path: Path) -> None:
     config = BeitConfig(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=7)
     model = BeitForImageClassification(config)
     model.load_state_dict(load_file(GOLDEN / "unilm-v1-finetune-relbias.safetensors"))
-    save_model(model, tmp_path)
+    save(model, tmp_path)
     with np.load(GOLDEN / "unilm-v1-finetune-relbias.npz") as file, torch.no_grad():
         logits = load(tmp_path)(torch.from_numpy(file["input"]))
         np.testing.assert_allclose(logits.numpy(), file["logits"], atol=1e-5)
@@ -198,7 +200,7 @@ def output(model: nn.Module, images: Tensor) -> Tensor:
 @torch.no_grad()
 def test_transformers_reads_our_folder_and_answers_alike(name: str, tmp_path: Path) -> None:
     model = build(name)
-    save_model(model, tmp_path)
+    save(model, tmp_path)
     theirs = theirs_from(tmp_path)
     x = pictures(model.config)
     torch.testing.assert_close(output(theirs, x), model(x), atol=1e-5, rtol=0)
@@ -207,7 +209,7 @@ def test_transformers_reads_our_folder_and_answers_alike(name: str, tmp_path: Pa
 @torch.no_grad()
 def test_transformers_masks_as_we_do(tmp_path: Path) -> None:
     model = build("masked model")
-    save_model(model, tmp_path)
+    save(model, tmp_path)
     theirs = theirs_from(tmp_path)
     x, mask = pictures(SHARED), torch.rand(2, 16, generator=torch.Generator().manual_seed(1)) < 0.4
     logits = theirs(x, bool_masked_pos=mask).logits
@@ -218,7 +220,7 @@ def test_transformers_knows_the_class_names_and_the_preparation(tmp_path: Path) 
     transformers = pytest.importorskip("transformers", minversion="5.0")
     model = build("classifier")
     model.image_spec = ImageSpec((32, 32), mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    save_model(model, tmp_path)
+    save(model, tmp_path)
     assert transformers.AutoConfig.from_pretrained(tmp_path).id2label == NAMES
     processor = transformers.BeitImageProcessorPil.from_pretrained(tmp_path)
     assert dict(processor.crop_size) == {"height": 32, "width": 32}
@@ -230,7 +232,7 @@ def test_transformers_knows_the_class_names_and_the_preparation(tmp_path: Path) 
 @torch.no_grad()
 def test_we_read_what_transformers_writes_and_answer_alike(name: str, tmp_path: Path) -> None:
     kind, config = MODELS[name]
-    save_model(build(name), tmp_path / "ours")
+    save(build(name), tmp_path / "ours")
     theirs = randomise(theirs_from(tmp_path / "ours"), seed=4)
     theirs.save_pretrained(tmp_path / "theirs")
     back = load(tmp_path / "theirs")
@@ -290,7 +292,7 @@ def test_a_masked_model_that_normalises_twice_is_refused(tmp_path: Path) -> None
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_model(build("classifier"), tmp_path / "model")
+    save(build("classifier"), tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -303,16 +305,18 @@ def refused(folder: Path, *words: str, read: Callable[[Path], object] = load) ->
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", "does not exist")
+    with pytest.raises(HubError, match="nowhere does not exist"):
+        load(tmp_path / "nowhere")
 
 
 def test_folder_without_config(tmp_path: Path) -> None:
     refused(tmp_path, "has no config.json, so it is not a model folder")
 
 
-def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
+def test_half_a_file_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "beit_base.pth").write_bytes(b"\x80\x02")
-    refused(tmp_path / "beit_base.pth", "not a model folder")
+    with pytest.raises(RefusedFile, match=r"beit_base.pth.* is damaged"):
+        load(tmp_path / "beit_base.pth")
 
 
 def test_unfinished_run_is_told_apart_from_no_model(tmp_path: Path) -> None:
@@ -345,8 +349,8 @@ def change(folder: Path, **values: Any) -> None:
 def test_another_kind_of_model_is_named(folder: Path) -> None:
     change(folder, model_type="vit")
     refused(folder, "holds a 'vit', not a BEiT encoder")
-    change(folder, model_type="beit", architectures=["BeitForSemanticSegmentation"])
-    refused(folder, "BeitForSemanticSegmentation", "BeitForImageClassification")
+    change(folder, model_type="beit", architectures=["BeitForDepth"])
+    refused(folder, "BeitForDepth", "BeitForImageClassification")
 
 
 def test_missing_and_wrong_sizes_are_named(folder: Path) -> None:
@@ -377,7 +381,7 @@ def test_a_wrong_image_spec_is_a_checkpoint_error(folder: Path) -> None:
     for spec in ({"sighs": [1, 2]}, {"size": 32}, {"size": [32]}, {"resize": "stretch"}, 7):
         content = json.loads((folder / "config.json").read_text())
         change(folder, beit={**content["beit"], "image_spec": spec})
-        refused(folder, "config.json")
+        refused(folder, "does not describe a BEiT")
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -391,8 +395,8 @@ def test_missing_extra_and_wrong_tensors_are_named(folder: Path) -> None:
     tensors["beit.embeddings.cls_token"] = torch.zeros(1, 1, 25)
     save_file(tensors, folder / "model.safetensors")
     refused(
-        folder, "does not fit its own config.json", "1 tensors are missing (head.bias",
-        "1 are unknown (beit.surprise", "cls_token is (1, 1, 25), config.json says (1, 1, 24)",
+        folder, "does not fit its own config", "1 tensors are missing (head.bias",
+        "1 are unknown (beit.surprise", "cls_token is (1, 1, 25), its config says (1, 1, 24)",
     )  # fmt: skip
 
 
@@ -410,7 +414,7 @@ def test_a_missing_or_misshapen_query_is_named(folder: Path) -> None:
 
 def test_other_class_names_than_head_rows_are_refused(folder: Path) -> None:
     change(folder, id2label={"0": "cat", "1": "dog"})
-    refused(folder, "head.weight is (4, 24), config.json says (2, 24)")
+    refused(folder, "head.weight is (4, 24), its config says (2, 24)")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.999])
@@ -429,9 +433,9 @@ def test_a_header_that_lies_is_damaged(folder: Path) -> None:
     refused(folder, "model.safetensors is damaged")
 
 
-def test_a_folder_with_a_pickle_instead_of_safetensors_is_refused(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "has no model.safetensors")
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    refused(folder, "has no model.safetensors and no pytorch_model.bin")
 
 
 # --- A save that fails -------------------------------------------------------------------------------
@@ -447,7 +451,7 @@ def test_a_save_cut_short_while_it_writes_leaves_the_old_model(
 ) -> None:
     """Of the four files of a model, whichever does not fit on the disk."""
     old, new = build("classifier"), randomise(BeitForImageClassification(SMALL), seed=9)
-    save_model(old, tmp_path)
+    save(old, tmp_path)
     files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     fsync, count = os.fsync, 0
 
@@ -460,7 +464,7 @@ def test_a_save_cut_short_while_it_writes_leaves_the_old_model(
 
     monkeypatch.setattr(beit.atomic.os, "fsync", full)
     with pytest.raises(DiskFull):
-        save_model(new, tmp_path)
+        save(new, tmp_path)
     monkeypatch.undo()
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
     same_tensors(load(tmp_path), old)
@@ -470,14 +474,14 @@ def test_a_save_cut_short_at_its_first_rename_leaves_the_old_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = build("classifier")
-    save_model(old, tmp_path)
+    save(old, tmp_path)
 
     def cut(*_: object) -> None:
         raise DiskFull(5, "Input/output error")
 
     monkeypatch.setattr(beit.atomic.os, "replace", cut)
     with pytest.raises(DiskFull):
-        save_model(randomise(BeitForImageClassification(SMALL), seed=9), tmp_path)
+        save(randomise(BeitForImageClassification(SMALL), seed=9), tmp_path)
     monkeypatch.undo()
     same_tensors(load(tmp_path), old)
 
@@ -494,7 +498,7 @@ def test_a_first_save_cut_short_leaves_no_model(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(beit.atomic.os, "replace", cut)
     with pytest.raises(DiskFull):
-        save_model(build("classifier"), tmp_path)
+        save(build("classifier"), tmp_path)
     refused(tmp_path, "has no config.json")
 
 
@@ -582,7 +586,7 @@ def test_same_classes_in_the_same_order_keep_the_head_and_the_answers() -> None:
     source = tuned_source()
     model, report = to_classifier(source, CLASSES)
     assert report.new == []
-    assert report.ignored == []
+    assert report.ignored == {}
     assert torch.equal(model.eval()(pictures(SMALL)), source(pictures(SMALL)))
 
 
@@ -643,7 +647,7 @@ def test_the_report_is_short_and_names_what_is_new() -> None:
     text = str(report)
     assert f"expanded rel_pos_bias.{TABLE}" in text
     assert f"resized blocks.*.attn.{TABLE}" in text
-    assert "new fc_norm.bias, fc_norm.weight, head.bias, head.weight" in text
+    assert "new fc_norm, head" in text
     assert "ignored" in text
     assert "mask_token" in text
     assert len(text) < 400
@@ -684,8 +688,8 @@ def test_a_tokenizer_comes_back_as_it_went(name: str, tmp_path: Path) -> None:
 
 def test_a_tokenizer_and_a_model_are_told_apart(tmp_path: Path) -> None:
     save_tokenizer(TOKENIZERS["vq"](), tmp_path / "tokenizer")
-    save_model(build("classifier"), tmp_path / "model")
-    refused(tmp_path / "tokenizer", "beit-discrete-vae", "give it as --tokenizer")
+    save(build("classifier"), tmp_path / "model")
+    refused(tmp_path / "tokenizer", "beit-discrete-vae", "give it as --tokenizer", read=load_model)
     refused(tmp_path / "model", "not a visual tokenizer", "beit train-tokenizer", read=load_tokenizer)
 
 
@@ -705,7 +709,7 @@ def test_tensors_that_do_not_fit_a_tokenizer_are_named(tmp_path: Path) -> None:
     tensors = tensors_of(tmp_path)
     tensors["codebook.weight"] = torch.zeros(25, 8)
     save_file(tensors, tmp_path / "model.safetensors")
-    refused(tmp_path, "codebook.weight is (25, 8), config.json says (24, 8)", read=load_tokenizer)
+    refused(tmp_path, "codebook.weight is (25, 8), its config says (24, 8)", read=load_tokenizer)
 
 
 def test_a_tokenizers_config_says_its_sizes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit.checkpoints import CheckpointError, load, save_model
+from beit.checkpoints import CheckpointError, load, save
 from beit.data import open_source
 from beit.engine import Engine, Prediction
 from beit.image import IMAGENET_MEAN, IMAGENET_STD, BadImage, ImageSpec, preprocess, read_image
@@ -206,7 +206,7 @@ def test_classes_without_names_are_their_numbers(model: BeitForImageClassificati
 def test_a_folder_and_a_loaded_model_answer_alike(
     model: BeitForImageClassification, files: list[Path], tmp_path: Path
 ) -> None:
-    save_model(model, tmp_path)
+    save(model, tmp_path)
     for source in (tmp_path, str(tmp_path), load(tmp_path)):
         ours = scores(list(Engine(source).classify(files[:3], top=6)))
         np.testing.assert_array_equal(ours, scores(list(Engine(model).classify(files[:3], top=6))))
@@ -259,7 +259,7 @@ def test_half_precision_is_close(model: BeitForImageClassification, files: list[
 def test_a_model_without_classifier_says_how_to_get_one(headless: Beit, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no classifier; fine-tune it first: beit finetune"):
         Engine(headless)
-    save_model(headless, tmp_path / "pretrained")
+    save(headless, tmp_path / "pretrained")
     with pytest.raises(CheckpointError, match="pretrained has no classifier"):
         Engine(tmp_path / "pretrained")
 

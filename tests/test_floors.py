@@ -20,8 +20,8 @@ FLOORS = {
     5: {"cli", "__main__"},
     4: {"commands"},  # and every file in it
     3: {"engine", "probe", "report"},
-    2: {"features", "export", "checkpoints", "hub", "data", "run", "visualize"},
-    1: {"vqkd", "augment", "unpickle", "distributed"},
+    2: {"features", "export", "checkpoints", "data", "run", "visualize"},
+    1: {"vqkd", "augment", "unpickle", "hub", "layouts", "configs", "handover", "distributed"},
     0: {"model", "relative_position", "tokenizer", "masking", "image", "metrics", "optim", "precision",
         "atomic"},
 }  # fmt: skip
@@ -30,6 +30,7 @@ FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 # Steps on one floor, and why each is no loop.
 SIDEWAYS = {
     ("model", "relative_position"): "the bias table is a part of the model, in a file of its own",
+    ("handover", "layouts"): "the names say why a tensor is left behind",
     ("model", "image"): "a model carries the ImageSpec that its weights expect",
     ("__main__", "cli"): "`python -m beit` is `beit`",
     ("commands.demo", "commands.finetune"): "the demo's work is to run the other commands",

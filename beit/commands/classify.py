@@ -26,7 +26,7 @@ class Classify:
     """Pictures, folders of them, or a .txt or .csv that lists them."""
     _: KW_ONLY
     model: Annotated[str, Parameter(alias="-m")]
-    """Model folder."""
+    """Model folder or file, hub:owner/name, or a name that `beit models` lists."""
     top: PositiveInt = 5
     """Classes to name for each picture."""
     out: Annotated[Path | None, Parameter(alias="-o")] = None

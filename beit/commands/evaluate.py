@@ -26,7 +26,7 @@ class Evaluate:
     """Folder with one sub-folder a class, or with val/ of such; or a .csv of path,label."""
     _: KW_ONLY
     model: Annotated[str, Parameter(alias="-m")]
-    """Model folder."""
+    """Model folder or file, hub:owner/name, or a name that `beit models` lists."""
     split: str = "val"
     """Folder of DATA to score, where it has train/ and others."""
     batch_size: PositiveInt = 64

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from beit.augment import TwoViews, normalise, to_unit
-from beit.checkpoints import load_tokenizer, save_model
+from beit.checkpoints import load_tokenizer, save
 from beit.data import batch_at, load_ahead, open_source, sample_rng
 from beit.image import unilm_spec
 from beit.masking import sample_mask
@@ -193,7 +193,7 @@ def pretrain(settings: Pretrain) -> dict[str, float]:
         "batch_size": settings.batch_size,
         "seed": settings.seed,
     }
-    save_model(model, run.out, provenance)
+    save(model, run.out, provenance)
     metrics = run.read_metrics()
     last = {key: value for key, value in metrics[-1].items() if isinstance(value, (int, float))}
     print(

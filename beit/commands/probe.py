@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from beit.checkpoints import load
+from beit.checkpoints import load_model
 from beit.data import ImageSource, load_ahead, open_source
 from beit.features import Pooling, default_layer, extract_features
 from beit.image import preprocess
@@ -30,7 +30,7 @@ class Probe:
     """Folder with train/ and val/, each with one sub-folder a class."""
     _: KW_ONLY
     model: Annotated[str, Parameter(alias="-m")]
-    """Model folder."""
+    """Model folder or file, hub:owner/name, or a name that `beit models` lists."""
     layer: int | None = None
     """Block to read, counted from 1; 9 of 12, 14 of 24, else three quarters where not given."""
     pooling: Pooling = "mean"
@@ -58,7 +58,7 @@ def probe(settings: Probe) -> dict[str, float | int | str]:
         raise ValueError(
             f"{settings.data} needs a train and a {settings.split} folder, to score on others"
         )
-    model = load(settings.model)
+    model = load_model(settings.model, dtype=torch.float32)
     layer = default_layer(model.config.depth) if settings.layer is None else settings.layer
     result: dict[str, float | int | str] = {"layer": layer, "pooling": settings.pooling}
     result["accuracy"] = probe_accuracy(settings.model, model, train, test, layer, settings)

@@ -1,0 +1,97 @@
+"""`beit info`: what a model file or folder is, without guessing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from cyclopts.types import PositiveInt
+
+from beit.checkpoints import describe_family, find_weights, is_tokenizer, load_tokenizer
+from beit.hub import resolve, sha256_of
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Info:
+    model: str
+    """Folder, file, hub:owner/name or a name of `beit models`; a tokenizer's too."""
+    _: KW_ONLY
+    num_heads: PositiveInt | None = None
+    """Attention heads, where the file does not say and they are not 64 wide."""
+    early_layer: PositiveInt | None = None
+    """BEiT v2's split, where it is not 9 of 12 or 21 of 24."""
+    json: Annotated[bool, Parameter(negative="")] = False
+    """Print one JSON line instead of words."""
+
+
+def info(settings: Info) -> dict[str, Any]:
+    """Tell what a model is: family, size, classes, preparation, parameters, provenance, hash."""
+    path = resolve(settings.model)
+    facts = (
+        describe_tokenizer(path, settings) if is_tokenizer(path) else describe_encoder(path, settings)
+    )
+    facts["sha256"] = sha256_of(path)
+    if settings.json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return facts
+    print(settings.model)
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        for number, line in enumerate(value if isinstance(value, list) else [value]):
+            print(f"  {key.replace('_', ' ') if number == 0 else '':14} {line}")
+    return facts
+
+
+def describe_encoder(path: Path, settings: Info) -> dict[str, Any]:
+    """The facts of an encoder or a classifier."""
+    found = find_weights(path, None, settings.num_heads, settings.early_layer)
+    config, spec = found.config, found.image_spec
+    height, width = config.image_height_width
+    tensors = found.tensors.values()
+    facts: dict[str, Any] = {
+        "family": describe_family(found),
+        "format": found.layout,
+        "img_size": f"{height} x {width} pixels, patches of {config.patch_size}",
+        "heads": config.num_heads,
+        "parameters": f"{sum(t.numel() for t in tensors):,}",
+        "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors})),
+        "norm_eps": config.layer_norm_eps,
+        "preparation": dataclasses.asdict(spec),
+    }
+    if found.id2label:
+        names = [found.id2label[i] for i in range(min(6, len(found.id2label)))]
+        facts["classes"] = f"{len(found.id2label)}: {'; '.join(names)}" + (
+            "; …" if len(found.id2label) > len(names) else ""
+        )
+    if found.ignored:
+        reasons = dict.fromkeys(found.ignored.values())
+        facts["ignored"] = [f"{list(found.ignored.values()).count(r)} entries: {r}" for r in reasons]
+    if found.assumed:
+        facts["assumed"] = found.assumed
+    if found.provenance:
+        facts["provenance"] = found.provenance
+    return facts
+
+
+def describe_tokenizer(path: Path, settings: Info) -> dict[str, Any]:
+    """The facts of a visual tokenizer."""
+    tokenizer = load_tokenizer(path, settings.num_heads)
+    height, width = tokenizer.view_size
+    facts: dict[str, Any] = {
+        "family": f"visual tokenizer, {type(tokenizer).__name__}",
+        "tokens": f"{tokenizer.vocab_size}, one for {tokenizer.stride} x {tokenizer.stride} pixels",
+        "view_size": f"{height} x {width} pixels",
+        "can_draw": tokenizer.can_draw,
+        "parameters": f"{sum(p.numel() for p in tokenizer.parameters()):,}",
+        "sizes": dataclasses.asdict(tokenizer.config),
+    }
+    file = path / "config.json"
+    if file.is_file():
+        facts["provenance"] = json.loads(file.read_text(encoding="utf-8")).get("provenance", {})
+    return facts
