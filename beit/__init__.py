@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         save_tokenizer,
     )
     from beit.engine import Engine, Prediction
-    from beit.features import extract_features
+    from beit.features import BeitFeatures, extract_features
     from beit.handover import LoadReport, to_classifier
     from beit.image import BadImage, ImageSpec, preprocess, read_image
     from beit.masking import sample_mask
@@ -46,7 +46,7 @@ _PLACES = {
         "CheckpointError", "load", "load_model", "load_tokenizer", "save", "save_tokenizer",
     ),
     "beit.engine": ("Engine", "Prediction"),
-    "beit.features": ("extract_features",),
+    "beit.features": ("BeitFeatures", "extract_features"),
     "beit.handover": ("LoadReport", "to_classifier"),
     "beit.image": ("BadImage", "ImageSpec", "preprocess", "read_image"),
     "beit.masking": ("sample_mask",),
@@ -64,6 +64,7 @@ __all__ = [
     "BadImage",
     "Beit",
     "BeitConfig",
+    "BeitFeatures",
     "BeitForImageClassification",
     "BeitForMaskedImageModeling",
     "CheckpointError",

@@ -12,10 +12,10 @@ nothing that is opened can run code.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from beit.atomic import write_atomically, write_together
 from beit.configs import (
+    DEFAULT_LABELS,
     FORMAT,
     MODEL_CLASSES,
     describe_model,
@@ -37,13 +38,22 @@ from beit.configs import (
     read_image_spec,
     read_labels,
     read_processor,
+    read_timm_labels,
     read_timm_spec,
     read_transformers_config,
 )
 from beit.handover import hand_over, resized_spec
 from beit.hub import class_names, resolve
-from beit.image import IMAGENET_MEAN, IMAGENET_STD, ImageSpec, unilm_spec
+from beit.image import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageSpec,
+    timm_spec,
+    transformers_spec,
+    unilm_spec,
+)
 from beit.layouts import (
+    count_blocks,
     from_transformers,
     layout_of,
     read_config,
@@ -107,7 +117,7 @@ def load(
     path = resolve(str(source), revision)
     if is_tokenizer(path):
         return load_tokenizer(path, num_heads=num_heads)
-    return load_model(
+    model = load_model(
         path,
         img_size=img_size,
         num_classes=num_classes,
@@ -117,6 +127,8 @@ def load(
         image_spec=image_spec,
         dtype=dtype,
     )
+    model.provenance["source"] = str(source)
+    return model
 
 
 def load_model(
@@ -141,6 +153,8 @@ def load_model(
     The model has `config`, `image_spec`, `id2label`, `load_report`, `provenance`. Raises
     CheckpointError where the source is no BEiT or does not fit.
     """
+    if num_classes is not None and num_classes < 0:
+        raise ValueError(f"num_classes {num_classes} is not 0, for none, or more")
     found = find_weights(resolve(str(source), revision), img_size, num_heads, early_layer)
     _check_own(found)
     cls, config = found.model_class, found.config
@@ -149,17 +163,13 @@ def load_model(
     ):
         cls, config = BeitForImageClassification, config.for_classification(num_classes)
     config = replace(
-        config, img_size=img_size or config.img_size, patch_size=patch_size or config.patch_size
+        config,
+        img_size=config.img_size if img_size is None else img_size,
+        patch_size=config.patch_size if patch_size is None else patch_size,
     )
     classifies = issubclass(cls, BeitForImageClassification)
     keep_head = config.num_classes == found.config.num_classes
-    begins_anew = classifies and (
-        not {"fc_norm.weight", "norm.weight"} & found.tensors.keys()
-        or found.model_class is not cls
-        or (config.num_classes > 0 and not keep_head)
-    )
-    # Shapes alone, where every value comes from the file.
-    with torch.device("cpu" if begins_anew else "meta"):
+    with torch.device("meta"):  # shapes alone; the values come from the file
         model = cls(config)
     model.image_spec = image_spec or found.image_spec
     if image_spec is None and config.image_height_width != found.config.image_height_width:
@@ -171,9 +181,15 @@ def load_model(
         report, ignored={**found.ignored, **report.ignored}, assumed=[*found.assumed, *report.assumed]
     )
     model.provenance = {"source": str(source), "layout": found.layout, **found.provenance}
-    model.load_state_dict(taken, strict=False, assign=True)
-    model.relative_position_index = relative_position_index(config.grid)
-    return model.to(dtype).requires_grad_(True).eval() if dtype else model.requires_grad_(True).eval()
+    # A new head takes the file's number format; a file of several is read in the widest.
+    held = functools.reduce(torch.promote_types, {tensor.dtype for tensor in taken.values()})
+    if report.new:  # a norm, a head: begun as in a model of one block
+        fresh = cls(replace(config, depth=1, early_layer=0)).state_dict()
+        taken |= {name: fresh[name] for name in report.new}
+    model.load_state_dict(taken, assign=True)
+    biased = config.rel_pos_bias != "none"
+    model.relative_position_index = relative_position_index(config.grid if biased else (1, 1))
+    return model.to(dtype or held).requires_grad_(True).eval()
 
 
 def find_weights(
@@ -187,8 +203,8 @@ def find_weights(
         if path.is_dir():
             content = _read_config(path)
             if "pretrained_cfg" in content or "architecture" in content:
-                return _timm_folder(path, content, img_size, num_heads, early_layer)
-            return _transformers_folder(path, content)
+                return _timm_folder(path, content, num_heads, early_layer)
+            return _transformers_folder(path, content, num_heads, early_layer)
         if not path.exists():
             raise CheckpointError(f"{path} does not exist")
         return _single_file(path, img_size, num_heads, early_layer)
@@ -199,29 +215,41 @@ def find_weights(
         raise CheckpointError(f"{path} does not describe a BEiT: {reason}") from error
 
 
-def _transformers_folder(path: Path, content: dict[str, Any]) -> Weights:
+def _transformers_folder(
+    path: Path, content: dict[str, Any], num_heads: int | None, early_layer: int | None
+) -> Weights:
     kind = content.get("model_type")
     if kind not in ("beit", "data2vec-vision"):
         raise CheckpointError(
-            f"{path} holds a {kind!r}, not a BEiT encoder"
-            + ("; give it as --tokenizer" if kind in TOKENIZERS else "")
+            f"{path} holds a {str(kind)[:80]!r}, not a BEiT encoder"
+            + ("; give it as --tokenizer" if kind in list(TOKENIZERS) else "")
         )
     ours = content.get("beit", {})
     if ours.get("format", FORMAT) > FORMAT:
         raise CheckpointError(
             f"{path} has format {ours['format']} and this version of beit reads up to {FORMAT}; update it"
         )
-    name = (content.get("architectures") or ["BeitModel"])[0].replace("Data2VecVision", "Beit")
+    if not isinstance(ours.get("provenance", {}), dict):
+        raise ValueError(f"provenance in config.json is {str(ours['provenance'])[:80]!r}")
+    tensors, ignored = _set_aside(strip_prefix(from_transformers(_folder_tensors(path))))
+    given = content.get("architectures")
+    name = given[0].replace("Data2VecVision", "Beit") if given else _class_of(tensors).__name__
     if name not in {*MODEL_CLASSES, "BeitForSemanticSegmentation", "BeitBackbone"}:
         raise CheckpointError(f"{path} holds a {name}; known are {', '.join(MODEL_CLASSES)}")
+    if name == "BeitForImageClassification":
+        content.setdefault("id2label", DEFAULT_LABELS)
     assumed: list[str] = []
     config = read_transformers_config(content)
+    for what, asked in (("num_heads", num_heads), ("early_layer", early_layer)):
+        if asked not in (None, getattr(config, what)):
+            raise ValueError(f"{what} {asked} was asked for; its config says {getattr(config, what)}")
     labels = read_labels(content, assumed)
-    tensors, ignored = _set_aside(strip_prefix(from_transformers(_folder_tensors(path))))
     if name not in MODEL_CLASSES or (name == "BeitModel" and "norm.weight" not in tensors):
         # transformers' bare encoder pools the mean into a norm, as our classifier without a head does;
         # a segmentation model's encoder has no norm at all.
         name, labels, config = "BeitForImageClassification", {}, replace(config, num_classes=0)
+    if not ours and config.rel_pos_bias != "none" and config.grid[0] != config.grid[1]:
+        assumed.append("the table's rows: row by row; transformers exchanges a rectangle's sides")
     if "image_spec" in ours:
         try:
             spec = read_image_spec(ours["image_spec"])
@@ -247,28 +275,41 @@ def _transformers_folder(path: Path, content: dict[str, Any]) -> Weights:
 
 
 def _timm_folder(
-    path: Path,
-    content: dict[str, Any],
-    img_size: Size | None,
-    num_heads: int | None,
-    early_layer: int | None,
+    path: Path, content: dict[str, Any], num_heads: int | None, early_layer: int | None
 ) -> Weights:
     architecture = str(content.get("architecture"))
     if not architecture.startswith("beit"):
         raise CheckpointError(f"{path} holds timm's {architecture}, not a BEiT")
-    pretrained, arguments = content.get("pretrained_cfg", {}), content.get("model_args", {})
-    shape = pretrained.get("input_size", [3, 224, 224])
+    pretrained = content.get("pretrained_cfg") or content  # old folders keep it all on one level
+    arguments = content.get("model_args") or {}
+    size = arguments.get("img_size") or pretrained.get("input_size", [3, 224, 224])[1:]
     found = _from_blocks(
         path,
         _folder_tensors(path),
-        arguments.get("num_heads", num_heads),
+        num_heads or arguments.get("num_heads"),
         early_layer,
-        (shape[1], shape[2]),
+        known_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
     )
-    found.layout, found.image_spec = "timm folder", read_timm_spec(pretrained, (shape[1], shape[2]))
-    if names := content.get("label_names"):
-        found.id2label = {i: str(name) for i, name in enumerate(names)}
-    return found
+    config = found.config
+    said = {**arguments, "num_classes": content.get("num_classes")}
+    for name in ("embed_dim", "depth", "num_heads", "patch_size", "num_classes"):
+        if said.get(name) not in (None, getattr(config, name)):
+            raise ValueError(
+                f"its config.json says {name} {said[name]}, its tensors {getattr(config, name)}"
+            )
+    pool = said.get("global_pool", content.get("global_pool"))
+    norm = "norm.weight" if "norm.weight" in found.tensors else "fc_norm.weight"
+    norms = {"avg": "fc_norm.weight", "token": "norm.weight", "": "norm.weight", None: norm}
+    if norms.get(pool) != norm:
+        raise ValueError(f"its global_pool is {pool!r} and it has {norm}, which nothing here computes")
+    if pool == "token" and found.model_class is Beit:  # without a head
+        found.model_class, found.config = BeitForImageClassification, replace(config, pooling="cls")
+    found.layout = "timm folder"
+    found.image_spec = read_timm_spec(pretrained, config.image_height_width)
+    found.id2label = read_timm_labels(content)
+    if len(found.id2label) not in (0, config.num_classes):
+        raise ValueError(f"it names {len(found.id2label)} classes, its head has {config.num_classes}")
+    return _with_class_names(found)
 
 
 def _single_file(
@@ -282,35 +323,38 @@ def _single_file(
         tensors = from_transformers(tensors)
     elif layout == "vit":
         raise CheckpointError(
-            f"{path} has attn.qkv.bias, so its keys have a bias: it is a ViT, DeiT or BEiT-3"
+            f"{path} has keys with a bias, which no BEiT has: it is a ViT, DeiT, MAE or BEiT-3"
         )
     elif layout == "unknown":
         raise CheckpointError(
             f"{path} has no tensors of a BEiT; its first are {', '.join(list(tensors)[:4]) or 'none'}"
         )
     found = _from_blocks(path, tensors, num_heads, early_layer, img_size)
+    wrapped = bool(rest) or any("relative_position_index" in name for name in found.ignored)
     found.ignored |= rest
-    side = max(found.config.image_height_width)
-    wrapped = content is not tensors or any("relative_position_index" in name for name in found.ignored)
+    config, size = found.config, found.config.image_height_width
     if layout == "transformers":
-        found.layout = "transformers file"
-        found.config = replace(found.config, layer_norm_eps=1e-12)
-        found.image_spec = ImageSpec(found.config.image_height_width, "squash", "bilinear", 1.0)
+        found.layout, found.config = "transformers file", replace(config, layer_norm_eps=1e-12)
+        spec = transformers_spec(max(size))
+    elif wrapped or content is not tensors or "mask_token" in found.tensors:
+        found.layout, spec = "unilm file", unilm_spec(max(size))
     else:
-        found.layout = "unilm file" if wrapped or "mask_token" in found.tensors else "timm file"
-        crop = (
-            unilm_spec(side).crop_ratio if found.layout == "unilm file" else (0.9 if side < 384 else 1.0)
-        )
-        found.image_spec = ImageSpec(found.config.image_height_width, crop_ratio=crop)
-    imagenet = "beitv2" in path.name or found.config.early_layer or found.config.use_abs_pos_emb
-    if imagenet:
-        found.image_spec = replace(found.image_spec, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    spec = found.image_spec
-    found.assumed.append(
+        found.layout, spec = "timm file", timm_spec(max(size))
+    absolute = config.use_abs_pos_emb and layout == "blocks"
+    if "beitv2" in path.name or config.early_layer or absolute:
+        spec = replace(spec, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    found.image_spec = replace(spec, size=size)
+    found.assumed += [
+        f"layer_norm_eps {found.config.layer_norm_eps}",
         f"preparation of a {found.layout}: {spec.resize}, {spec.filter}, crop {spec.crop_ratio}, "
-        f"mean {spec.mean[0]}; image_spec= sets it"
-    )
-    if names := class_names(found.config.num_classes):
+        f"mean {spec.mean[0]}; image_spec= sets it",
+    ]
+    return _with_class_names(found)
+
+
+def _with_class_names(found: Weights) -> Weights:
+    """Words for the classes of a head that only ImageNet's can be, where the source has none."""
+    if not found.id2label and (names := class_names(found.config.num_classes)):
         found.id2label = dict(enumerate(names))
         found.assumed.append(f"class names: those of ImageNet with {len(names)} classes, in their order")
     return found
@@ -321,19 +365,23 @@ def _from_blocks(
     tensors: dict[str, Tensor],
     num_heads: int | None,
     early_layer: int | None,
-    img_size: Size | None,
+    img_size: Size | None = None,
+    known_size: tuple[int, int] | None = None,
 ) -> Weights:
-    """unilm's and timm's tensors: everything is read from them."""
+    """Tensors under our names without a config of transformers': all that they say is read from them."""
     tensors, ignored = _set_aside(strip_prefix(tensors))
-    config, assumed = read_config(tensors, img_size, num_heads, early_layer)
-    model_class: type[Beit] = BeitForImageClassification
+    config, assumed = read_config(tensors, img_size, num_heads, early_layer, known_size)
+    kind = _class_of(tensors)
+    return Weights(path, "file", tensors, config, kind, ImageSpec(), ignored=ignored, assumed=assumed)
+
+
+def _class_of(tensors: dict[str, Tensor]) -> type[Beit]:
+    """Which model has these parts."""
     if "lm_head.weight" in tensors:
-        model_class = BeitForMaskedImageModeling
-    elif not {"head.weight", "fc_norm.weight"} & tensors.keys() and "norm.weight" in tensors:
-        model_class = Beit
-    return Weights(
-        path, "file", tensors, config, model_class, unilm_spec(224), {}, ignored, assumed
-    )  # fmt: skip
+        return BeitForMaskedImageModeling
+    if "norm.weight" in tensors and not {"head.weight", "fc_norm.weight"} & tensors.keys():
+        return Beit
+    return BeitForImageClassification
 
 
 def _set_aside(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -342,6 +390,7 @@ def _set_aside(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     return {name: tensor for name, tensor in tensors.items() if name not in ignored}, ignored
 
 
+MAX_JSON_BYTES = 1 << 24  # the names of 21,841 classes, twice, are 1.7 MB
 CONTAINERS = ("model", "module", "state_dict", "weights")
 
 
@@ -368,22 +417,25 @@ def _file_tensors(path: Path) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
 
 
 def _folder_tensors(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder: safetensors, in one file or several, or an old .bin."""
-    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if file.is_file():
-        return _safetensors(file)
-    if index.is_file():
-        parts = sorted(set(map(str, _read_json(index).get("weight_map", {}).values())))
-        strangers = [part for part in parts if Path(part).name != part]
-        if strangers or not parts:
-            raise CheckpointError(
-                f"{index} names files outside its folder: {', '.join(strangers) or 'none'}"
-            )
-        return {name: tensor for part in parts for name, tensor in _safetensors(folder / part).items()}
-    for name in ("pytorch_model.bin", "model.bin"):
-        if (folder / name).is_file():
-            return _file_tensors(folder / name)[1]
+    """The weights of a folder: safetensors or old .bin, in one file or in several with an index."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        read = _safetensors if name.endswith(".safetensors") else _bin_tensors
+        file, index = folder / name, folder / f"{name}.index.json"
+        if file.is_file():
+            return read(file)
+        if index.is_file():
+            parts = sorted(set(map(str, _read_json(index).get("weight_map", {}).values())))
+            strangers = [part for part in parts if Path(part).name != part]
+            if strangers or not parts:
+                raise CheckpointError(
+                    f"{index} names files outside its folder: {', '.join(strangers) or 'none'}"
+                )
+            return {key: tensor for part in parts for key, tensor in read(folder / part).items()}
     raise CheckpointError(f"{folder} has no model.safetensors and no pytorch_model.bin")
+
+
+def _bin_tensors(file: Path) -> dict[str, Tensor]:
+    return _file_tensors(file)[1]
 
 
 def _safetensors(file: Path) -> dict[str, Tensor]:
@@ -407,32 +459,47 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{file} is larger than the {MAX_JSON_BYTES:,} bytes of any real config")
     try:
         content = json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     return content
 
 
+DTYPES = {"float64", "float32", "bfloat16", "float16"}
+MAX_PATCHES = 1 << 14  # 2048 x 2048 pixels in patches of 16; their index alone is 2 GiB
+
+
 def _check_own(found: Weights) -> None:
-    """A file against its own config: nothing missing, nothing unknown, every shape as it should be."""
-    depth = found.config.depth
-    if not any(name.startswith(f"blocks.{depth - 1}.") for name in found.tensors):
-        raise CheckpointError(
-            f"{found.path} does not fit its own config: it has no block {depth} of {depth}"
-        )
+    """A source against its config: nothing missing, nothing unknown, every shape as it should be."""
+    path, tensors, c = found.path, found.tensors, found.config
     try:
+        numbers = {"blocks": c.depth}
+        if c.early_layer and found.model_class is BeitForMaskedImageModeling:
+            numbers["cls_pt_layers"] = c.head_layers
+        for name, number in numbers.items():  # before anything is built in this number
+            if count_blocks(tensors, name) != number:
+                raise ValueError(
+                    f"it has {count_blocks(tensors, name)} {name}, its config says {number}"
+                )
+        if c.grid[0] * c.grid[1] > MAX_PATCHES:
+            raise ValueError(f"its grid of {c.grid} patches has more than {MAX_PATCHES}")
         with torch.device("meta"):
-            wanted = found.model_class(found.config).state_dict()
+            like = found.model_class(c).state_dict()
     except Exception as error:  # a wrong number in config.json shows as almost anything
-        raise CheckpointError(f"{found.path} does not describe a BEiT: {error}") from error
-    if not {"fc_norm.weight", "norm.weight"} & found.tensors.keys():  # a backbone, taken before its norm
-        wanted = {name: like for name, like in wanted.items() if not name.startswith("fc_norm.")}
-    _check_same(
-        found.path, {k: v.shape for k, v in wanted.items()}, found.tensors, describe_family(found)
-    )
+        raise CheckpointError(f"{path} does not describe a BEiT: {error}") from error
+    if not {"fc_norm.weight", "norm.weight"} & tensors.keys():  # a backbone, taken before its norm
+        like = {name: tensor for name, tensor in like.items() if not name.startswith("fc_norm.")}
+    _check_same(path, {k: v.shape for k, v in like.items()}, tensors, describe_family(found))
+    strange = {str(t.dtype).removeprefix("torch.") for t in tensors.values()} - DTYPES
+    if strange:
+        raise CheckpointError(
+            f"{path} has tensors of {', '.join(sorted(strange))}; known are {', '.join(sorted(DTYPES))}"
+        )
 
 
 def _check_same(
@@ -442,12 +509,12 @@ def _check_same(
     facts = [f"{len(missing)} tensors are missing ({_some(missing)})"] if missing else []
     facts += [f"{len(unknown)} are unknown ({_some(unknown)})"] if unknown else []
     facts += [
-        f"{name} is {tuple(tensors[name].shape)}, its config says {tuple(shape)}"
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}"
         for name, shape in wanted.items()
         if name in tensors and tensors[name].shape != shape
     ][:4]
     if facts:
-        raise CheckpointError(f"{path} does not fit its own config, {what}: {'; '.join(facts)}")
+        raise CheckpointError(f"{path} looks like a {what}, but does not fit: {'; '.join(facts)}")
 
 
 def _some(names: Iterable[str], most: int = 4) -> str:
@@ -500,6 +567,7 @@ def save(
     if to == "timm":
         config = describe_timm(model)
         tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+        tensors.pop("mask_token", None)  # timm cannot mask
         contents = {"model.safetensors": to_safetensors(tensors, metadata={"format": "pt"})}
     else:
         config = describe_model(model, provenance or {})
@@ -529,11 +597,15 @@ def unilm_bytes(model: Beit) -> bytes:
 
 
 AnyTokenizer = DiscreteVAE | DalleTokenizer | VQKD
-TOKENIZERS: dict[str, Callable[[dict[str, Any]], AnyTokenizer]] = {
-    "beit-discrete-vae": lambda sizes: DiscreteVAE(DiscreteVAEConfig(**sizes)),
-    "beit-dalle-dvae": lambda sizes: DalleTokenizer(DalleConfig(**sizes)),
-    "beit-vqkd": lambda sizes: VQKD(VQKDConfig(**sizes)),
+# From the sizes in config.json and the tensors' names.
+TOKENIZERS: dict[str, Callable[[dict[str, Any], Iterable[str]], AnyTokenizer]] = {
+    "beit-discrete-vae": lambda sizes, _: DiscreteVAE(DiscreteVAEConfig(**sizes)),
+    "beit-dalle-dvae": lambda sizes, names: DalleTokenizer(
+        DalleConfig(**sizes), with_decoder=any(name.startswith("decoder.") for name in names)
+    ),
+    "beit-vqkd": lambda sizes, _: VQKD(VQKDConfig(**sizes)),
 }
+COUNTS = ("num_layers", "n_blk_per_group", "encoder_depth", "decoder_depth")
 MODEL_TYPES = {DiscreteVAE: "beit-discrete-vae", DalleTokenizer: "beit-dalle-dvae", VQKD: "beit-vqkd"}
 
 
@@ -557,7 +629,7 @@ def is_tokenizer(path: Path) -> bool:
     """Whether a folder or a file is a visual tokenizer and no encoder."""
     if path.is_dir():
         file = path / "config.json"
-        return file.is_file() and _read_json(file).get("model_type") in TOKENIZERS
+        return file.is_file() and _read_json(file).get("model_type") in list(TOKENIZERS)
     return path.exists() and layout_of(_file_tensors(path)[1]) in ("dalle", "vqkd")
 
 
@@ -568,35 +640,41 @@ def load_tokenizer(source: str | Path, num_heads: int | None = None) -> AnyToken
     VQ-KD .pth. num_heads: of a VQ-KD file whose heads are not 64 wide. Raises CheckpointError.
     """
     path = resolve(str(source))
-    if not path.is_dir():
-        return _tokenizer_file(path, num_heads)
+    try:
+        return _tokenizer_folder(path) if path.is_dir() else _tokenizer_file(path, num_heads)
+    except (CheckpointError, RefusedFile):
+        raise
+    except Exception as error:  # a wrong number shows as almost anything
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        raise CheckpointError(f"{path} does not describe a tokenizer: {reason}") from error
+
+
+def _tokenizer_folder(path: Path) -> AnyTokenizer:
     content = _read_config(path)
     kind = content.get("model_type")
-    if kind not in TOKENIZERS:
+    if kind not in list(TOKENIZERS):
         raise CheckpointError(
-            f"{path} holds a {kind!r}, not a visual tokenizer; train one with "
+            f"{path} holds a {str(kind)[:80]!r}, not a visual tokenizer; train one with "
             "`beit train-tokenizer DATA -o RUN`"
         )
-    try:
-        tokenizer = TOKENIZERS[kind](content["sizes"])
-    except Exception as error:
-        raise CheckpointError(f"{path / 'config.json'} has wrong sizes: {error!r}") from error
-    return _fill_tokenizer(path, tokenizer, _folder_tensors(path))
+    tensors, sizes = _folder_tensors(path), content["sizes"]
+    if any(sizes.get(name, 0) > len(tensors) for name in COUNTS):
+        raise ValueError(f"its config.json says more layers than its {len(tensors)} tensors make")
+    return _fill_tokenizer(path, lambda: TOKENIZERS[kind](sizes, tensors.keys()), tensors)
 
 
 def _tokenizer_file(path: Path, num_heads: int | None) -> AnyTokenizer:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     tensors = _file_tensors(path)[1]
-    try:
-        if layout_of(tensors) == "dalle":
-            return _dalle(path, tensors)
-        if layout_of(tensors) == "vqkd":
-            dropped = ("loss", "teacher", "scaling")
-            tensors = {name: t for name, t in tensors.items() if not name.startswith(dropped)}
-            return _fill_tokenizer(path, VQKD(read_vqkd_config(tensors, num_heads)), tensors)
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error.args[0]}") from None
+    layout = layout_of(tensors)
+    if layout == "dalle":
+        return _dalle(path, tensors)
+    if layout == "vqkd":
+        dropped = ("loss", "teacher", "scaling")
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(dropped)}
+        config = read_vqkd_config(tensors, num_heads)
+        return _fill_tokenizer(path, lambda: VQKD(config), tensors)
     raise CheckpointError(
         f"{path} is not a visual tokenizer; its first tensors are {_some(list(tensors))}"
     )
@@ -622,34 +700,40 @@ def _dalle(path: Path, tensors: dict[str, Tensor]) -> AnyTokenizer:
             {n.split(".")[3] for n in tensors if n.startswith("encoder.blocks.group_1.")}
         ),
     )
-    return _fill_tokenizer(path, DalleTokenizer(config, with_decoder=start is not None), tensors)
+    with_decoder = start is not None
+    return _fill_tokenizer(path, lambda: DalleTokenizer(config, with_decoder), tensors)
 
 
 def read_vqkd_config(tensors: dict[str, Tensor], num_heads: int | None = None) -> VQKDConfig:
     """A VQKDConfig from the published names' shapes; heads are 64 wide where num_heads is not given."""
     kernel, codes = tensors["encoder.patch_embed.proj.weight"], tensors["quantize.embedding.weight"]
-    grid = math.isqrt(tensors["encoder.pos_embed"].shape[1] - 1)
-
-    def depth(part: str) -> int:
-        return 1 + max(int(m[1]) for n in tensors if (m := re.match(rf"{part}\.blocks\.(\d+)\.", n)))
-
+    grid, width = math.isqrt(tensors["encoder.pos_embed"].shape[1] - 1), kernel.shape[0]
+    if num_heads is None and width % 64:
+        raise ValueError(
+            f"it does not say its heads, and width {width} is no multiple of 64; give num_heads, or "
+            "convert it first: beit convert FILE FOLDER --num-heads N"
+        )
     return VQKDConfig(
         img_size=grid * kernel.shape[-1],
         patch_size=kernel.shape[-1],
-        embed_dim=kernel.shape[0],
-        encoder_depth=depth("encoder"),
-        decoder_depth=depth("decoder"),
-        num_heads=num_heads or max(1, kernel.shape[0] // 64),
+        embed_dim=width,
+        encoder_depth=count_blocks(tensors, "encoder.blocks"),
+        decoder_depth=count_blocks(tensors, "decoder.blocks"),
+        num_heads=num_heads or width // 64,
         vocab_size=codes.shape[0],
         code_dim=codes.shape[1],
         teacher_dim=tensors["decode_task_layer.2.weight"].shape[0],
     )
 
 
-def _fill_tokenizer(path: Path, tokenizer: AnyTokenizer, tensors: dict[str, Tensor]) -> AnyTokenizer:
-    if isinstance(tokenizer, DalleTokenizer) and not any(k.startswith("decoder.") for k in tensors):
-        tokenizer.decoder = None
-    _check_same(path, {k: v.shape for k, v in tokenizer.state_dict().items()}, tensors, "a tokenizer")
+def _fill_tokenizer(
+    path: Path, build: Callable[[], AnyTokenizer], tensors: dict[str, Tensor]
+) -> AnyTokenizer:
+    with torch.device("meta"):  # nothing is allocated before the file has shown its sizes
+        like = build()
+    wanted = {name: tensor.shape for name, tensor in like.state_dict().items()}
+    _check_same(path, wanted, tensors, type(like).__name__)
+    tokenizer = build()
     tokenizer.load_state_dict(tensors)
     return tokenizer.eval()
 

@@ -2,8 +2,8 @@
 
 Commands are imported when they are called, so that `beit --help` never waits for torch.
 
-Exit codes: 0 done; 1 failed; 2 usage or settings; 3 done, some inputs skipped; 5 model refused;
-6 cannot write; 130 Ctrl-C and 143 SIGTERM, both after saving.
+Exit codes: 0 done; 1 failed; 2 usage or settings; 3 done, some inputs skipped;
+4 too many bad pictures; 5 model refused; 6 cannot write; 130 Ctrl-C and 143 SIGTERM, both after saving.
 """
 
 from __future__ import annotations
@@ -11,9 +11,15 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from dataclasses import fields
+from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 
 from cyclopts import App, Parameter
+from cyclopts.config import Dict as Config
+
+from beit.recipes import find_recipe, nearest, read_settings
 
 # Name: (a line of help, an example).
 COMMANDS = {
@@ -34,11 +40,11 @@ COMMANDS = {
         "beit finetune flowers/ -m pretrained -o flowers.run",
     ),
     "probe": (
-        "Linear-probe a model: logistic regression on frozen features.",
+        "Probe a model's frozen features: linear, k-NN, attentive, few-shot.",
         "beit probe flowers/ -m pretrained",
     ),
     "evaluate": (
-        "Score a classifier on labelled pictures.",
+        "Score a classifier: accuracy with intervals, calibration, confusions.",
         "beit evaluate flowers/ -m flowers.run",
     ),
     "classify": (
@@ -53,6 +59,14 @@ COMMANDS = {
         "Convert a model between the formats of transformers, timm and unilm.",
         "beit convert beit_base_patch16_224_pt22k_ft22kto1k.pth base-224",
     ),
+    "check": (
+        "Read every picture of a dataset once, and tell what would trouble a run.",
+        "beit check flowers/",
+    ),
+    "shard": (
+        "Copy a dataset into tar shards of smaller JPEGs, which a run reads faster.",
+        "beit shard flowers/ flowers-256/ --short-side 256 --quality 90",
+    ),
     "info": (
         "Tell what a model file or folder is.",
         "beit info base-224",
@@ -65,7 +79,8 @@ EPILOGUE = "\n".join(
         "",
         *(f"  {example}" for _, example in COMMANDS.values()),
         "",
-        "`beit <command> --help` tells the settings of one.",
+        "`beit <command> --help` tells the settings of one. --recipe NAME begins from a published one's,",
+        "--config RUN/run.toml from an earlier run's; flags override either.",
         "With --offline, or BEIT_OFFLINE=1, no command downloads a model.",
         "",
     ]
@@ -92,11 +107,17 @@ for _name, (_help, _example) in COMMANDS.items():
 
 def main() -> None:
     """Run one command and exit with its code. BEIT_DEBUG=1 shows where an error came from."""
-    if "--offline" in sys.argv[1:]:  # of every command, so a setting of none
-        sys.argv.remove("--offline")
+    words = sys.argv[1:]
+    if "--offline" in words:  # of every command, so a setting of none
+        words.remove("--offline")
         os.environ["BEIT_OFFLINE"] = "1"
     try:
-        app()
+        if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+            raise ValueError(f"there is no command {words[0]!r}; {nearest(words[0], COMMANDS)}")
+        app.config = []
+        if start := take_start(words):
+            app.config = [start_from(words[0], *start)]
+        app(words)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
@@ -110,6 +131,30 @@ def main() -> None:
             raise
         print(f"beit: {error}", file=sys.stderr)
         sys.exit(code)
+
+
+def take_start(words: list[str]) -> tuple[str, str] | None:
+    """Take `--recipe NAME` or `--config FILE` out of the words; None where neither is there."""
+    found: list[tuple[str, str]] = []
+    for option in ("--recipe", "--config"):
+        while any(word == option or word.startswith(f"{option}=") for word in words):
+            place = next(i for i, w in enumerate(words) if w.split("=")[0] == option)
+            word = words.pop(place)
+            if "=" not in word and (place == len(words) or words[place].startswith("-")):
+                raise ValueError(f"{option} needs a value")
+            found.append((option, word.split("=", 1)[1] if "=" in word else words.pop(place)))
+    if len(found) > 1:
+        raise ValueError("give one --recipe or one --config, and flags to change single settings")
+    return found[0] if found else None
+
+
+def start_from(command: str, option: str, name: str) -> Config:
+    """The settings of a recipe or of an earlier run, as defaults that flags override."""
+    place = command.replace("-", "_")
+    settings = getattr(import_module(f"beit.commands.{place}"), place.title().replace("_", ""))
+    file = find_recipe(command, name) if option == "--recipe" else Path(name)
+    values = read_settings(file, {field.name for field in fields(settings) if field.name != "_"})
+    return Config({k.replace("_", "-"): v for k, v in values.items()}, use_commands_as_keys=False)
 
 
 def exit_code(error: Exception) -> int:

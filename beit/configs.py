@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 from beit.image import HALF, ImageSpec
+from beit.layouts import mlp_ratio_of
 from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 
 FORMAT = 1  # of what stands under the `beit` key
@@ -72,10 +73,22 @@ def describe_model(model: Beit, provenance: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
+WHOLE = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+DEFAULT_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves these two out of the file
+
+
 def read_transformers_config(content: dict[str, Any]) -> BeitConfig:
     """A BeitConfig from the content of config.json; ours, or transformers' for a BEiT."""
     ours = content.get("beit", {})
     size = content["image_size"]
+    for name in WHOLE:
+        if type(content[name]) is not int or content[name] < 1:
+            raise ValueError(f"{name} {content[name]!r} is not a whole number above 0")
+    eps, drop_path_rate = content.get("layer_norm_eps", 1e-12), content.get("drop_path_rate", 0.0)
+    if not 0 <= eps < 1 or not 0 <= drop_path_rate < 1:
+        raise ValueError(
+            f"layer_norm_eps {eps!r} and drop_path_rate {drop_path_rate!r} must be in [0, 1)"
+        )
     if content.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"hidden_act {content['hidden_act']!r} is not gelu")
     if content.get("use_shared_relative_position_bias"):
@@ -89,14 +102,14 @@ def read_transformers_config(content: dict[str, Any]) -> BeitConfig:
         embed_dim=content["hidden_size"],
         depth=content["num_hidden_layers"],
         num_heads=content["num_attention_heads"],
-        mlp_ratio=content["intermediate_size"] / content["hidden_size"],
+        mlp_ratio=mlp_ratio_of(content["intermediate_size"], content["hidden_size"]),
         init_values=content.get("layer_scale_init_value") or 0.0,
         rel_pos_bias=bias,  # type: ignore[arg-type]
         use_abs_pos_emb=content.get("use_absolute_position_embeddings", False),
         use_mask_token=content.get("use_mask_token", False),
         pooling=ours.get("pooling", "mean" if content.get("use_mean_pooling", True) else "cls"),
-        layer_norm_eps=content.get("layer_norm_eps", 1e-12),
-        drop_path_rate=content.get("drop_path_rate", 0.0),
+        layer_norm_eps=eps,
+        drop_path_rate=drop_path_rate,
         num_classes=len(content.get("id2label", {})),
         vocab_size=content.get("vocab_size", 8192),
         early_layer=ours.get("early_layer", 0),
@@ -137,32 +150,49 @@ def describe_processor(spec: ImageSpec) -> dict[str, Any]:
 
 
 def read_image_spec(content: dict[str, Any]) -> ImageSpec:
-    """An ImageSpec from what `dataclasses.asdict` made of it, by way of JSON."""
+    """An ImageSpec from what `dataclasses.asdict` made of it, by way of JSON. Raises ValueError."""
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-    return ImageSpec(**values)
+    return _checked(ImageSpec(**values))
+
+
+def _checked(spec: ImageSpec) -> ImageSpec:
+    """A spec whose numbers come from a file: what no picture can be prepared by is refused here."""
+    if not all(type(pixels) is int for pixels in spec.size):
+        raise ValueError(f"size {spec.size} is not (height, width) in pixels")
+    for name, values in (("mean", spec.mean), ("std", spec.std)):
+        if len(values) != 3 or not all(math.isfinite(value) for value in values):
+            raise ValueError(f"image {name} {values} is not three numbers")
+    if min(spec.std) <= 0:
+        raise ValueError(f"image std {spec.std} must be above 0")
+    return spec
 
 
 def read_processor(content: dict[str, Any]) -> ImageSpec:
     """An ImageSpec from a preprocessor_config.json, old or new. Raises ValueError for what has no equal."""
     size, crop = content.get("size", 224), content.get("crop_size", 224)
     side = {"height": size, "width": size} if isinstance(size, int) else size
-    filters = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
-    common: dict[str, Any] = {
-        "filter": filters[content.get("resample", 3)],
-        "mean": tuple(content.get("image_mean", HALF)),
-        "std": tuple(content.get("image_std", HALF)),
-    }
-    if not content.get("do_center_crop"):
-        if "shortest_edge" in side:
-            raise ValueError("it resizes the short side and does not crop, which gives no fixed size")
-        return ImageSpec((side["height"], side["width"]), "squash", crop_ratio=1.0, **common)
     cut = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    filters, number = {1: "lanczos", 2: "bilinear", 3: "bicubic"}, content.get("resample", 3)
+    if number not in filters:
+        raise ValueError(f"it resizes by Pillow's filter {number!r}; known are {filters}")
+    if content.get("do_resize") is False or content.get("do_rescale") is False:
+        raise ValueError("it does not resize, or does not rescale to [0, 1]")
+    if abs(content.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise ValueError(f"it rescales by {content['rescale_factor']}, not by 1/255")
+    plain = content.get("do_normalize") is False
+    common: dict[str, Any] = {
+        "filter": filters[number],
+        "mean": (0.0, 0.0, 0.0) if plain else tuple(content.get("image_mean", HALF)),
+        "std": (1.0, 1.0, 1.0) if plain else tuple(content.get("image_std", HALF)),
+    }
     if "shortest_edge" not in side:
-        if side != cut:
+        if content.get("do_center_crop") and side != cut:
             raise ValueError(f"it squashes to {side} and then cuts {cut}")
-        return ImageSpec((side["height"], side["width"]), "squash", crop_ratio=1.0, **common)
+        return _checked(ImageSpec((side["height"], side["width"]), "squash", crop_ratio=1.0, **common))
+    if not content.get("do_center_crop"):
+        raise ValueError("it resizes the short side and does not crop, which gives no fixed size")
     ratio = _crop_ratio(min(cut.values()), side["shortest_edge"])
-    return ImageSpec((cut["height"], cut["width"]), "short_side", crop_ratio=ratio, **common)
+    return _checked(ImageSpec((cut["height"], cut["width"]), "short_side", crop_ratio=ratio, **common))
 
 
 def _crop_ratio(size: int, short_side: int) -> float:
@@ -184,7 +214,9 @@ def describe_timm(model: Beit) -> dict[str, Any]:
     if spec.resize == "squash" and spec.size[0] != spec.size[1]:
         raise ValueError(f"timm cannot say that pictures are squashed to {spec.size}")
     height, width = c.image_height_width
-    pool = "avg" if isinstance(model, BeitForImageClassification) and c.pooling == "mean" else "token"
+    pool = "avg" if c.pooling == "mean" else "token"
+    if type(model) is Beit:
+        pool = ""  # all tokens, normed
     arguments = {
         "img_size": [height, width],
         "patch_size": c.patch_size,
@@ -197,7 +229,7 @@ def describe_timm(model: Beit) -> dict[str, Any]:
         "use_abs_pos_emb": c.use_abs_pos_emb,
         "use_rel_pos_bias": c.rel_pos_bias == "per_block",
         "use_shared_rel_pos_bias": c.rel_pos_bias == "shared",
-        "num_classes": c.num_classes if pool == "avg" or type(model) is not Beit else 0,
+        "num_classes": c.num_classes if pool else 0,
         "global_pool": pool,
     }
     content: dict[str, Any] = {
@@ -220,18 +252,28 @@ def describe_timm(model: Beit) -> dict[str, Any]:
         },
     }
     if model.id2label:
-        content["label_names"] = [model.id2label[i] for i in range(c.num_classes)]
+        content["label_names"] = [model.id2label.get(i, str(i)) for i in range(c.num_classes)]
     return content
 
 
 def read_timm_spec(pretrained: dict[str, Any], size: tuple[int, int]) -> ImageSpec:
-    """timm's evaluation transform: its pretrained_cfg as an ImageSpec."""
-    squash = pretrained.get("crop_mode") == "squash"
-    return ImageSpec(
-        size,
-        "squash" if squash else "short_side",
-        pretrained.get("interpolation", "bicubic"),
-        1.0 if squash else float(pretrained.get("crop_pct") or 0.875),
-        tuple(pretrained.get("mean", HALF)),
-        tuple(pretrained.get("std", HALF)),
+    """timm's evaluation transform: its pretrained_cfg as an ImageSpec. Raises ValueError."""
+    mode = pretrained.get("crop_mode") or "center"
+    if mode not in ("center", "squash"):
+        raise ValueError(f"crop_mode {mode!r} is not center or squash")
+    return _checked(
+        ImageSpec(
+            size,
+            "squash" if mode == "squash" else "short_side",
+            pretrained.get("interpolation", "bicubic"),
+            1.0 if mode == "squash" else float(pretrained.get("crop_pct") or 0.875),
+            tuple(pretrained.get("mean", HALF)),
+            tuple(pretrained.get("std", HALF)),
+        )
     )
+
+
+def read_timm_labels(content: dict[str, Any]) -> dict[int, str]:
+    """Class names in timm's config.json: its label_names, by their descriptions where it has them."""
+    names, words = content.get("label_names") or [], content.get("label_descriptions") or {}
+    return {i: str(words.get(name, name)) for i, name in enumerate(names)}

@@ -1,128 +1,212 @@
-"""Pictures on disk: which there are, in what order a run sees them, and loading ahead of it.
-
-Sources: a flat or nested folder of pictures, one folder a class, `train/` and `val/` roots, a `.csv`
-of paths and labels, a `.txt` of paths. Classes are matched by name, never by position.
+"""Pictures of a run: opening a source, the order in which a run sees it, and batches made ahead.
 
 The order is a pure function of (seed, epoch), and the randomness of a sample one of
-(seed, epoch, index): a run that stops anywhere goes on as if it had not.
+(seed, epoch, index): a run that stops anywhere goes on as if it had not, with any number of workers or
+GPUs, and nothing about readers is ever saved. Classes are matched by name, never by position.
 """
 
 from __future__ import annotations
 
 import csv
-from collections import deque
+import functools
+import json
+import math
+import os
+import re
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from beit.image import IMAGE_EXTENSIONS, read_image
+from beit.image import IMAGE_EXTENSIONS, BadImage, OpenImage, open_image
+from beit.listing import (
+    Listing,
+    Places,
+    exists,
+    expand,
+    is_address,
+    is_folder,
+    is_parquet,
+    list_csv,
+    list_folder,
+    list_parquet,
+    list_tars,
+    list_text,
+)
+from beit.workers import load_ahead as load_ahead
+from beit.workers import load_in_processes, now_doing
 
 T = TypeVar("T")
 
+SPLIT_NAMES = {"val": ("val", "validation", "valid")}  # what folders and shards of a split are called
+MANIFEST = "shards.json"  # how many shards of a split `beit shard` makes
+MOST_IN_A_ROW = 100  # unreadable pictures, then it is the disk
 
-@dataclass(frozen=True)
+
+# --- Sources -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
 class ImageSource:
-    """A list of pictures, with labels where the source has them."""
+    """Pictures, with labels where the source has them."""
 
-    paths: tuple[Path, ...]
-    labels: tuple[int, ...]  # empty where the source has none
+    paths: Places
+    labels: np.ndarray  # (n,) int64 indices of `classes`, or empty
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def name(self, index: int) -> str:
+        """The path or address of a picture; for one in a shard, the shard's, a slash, and its name."""
+        return self.paths.name(index)
+
+    def open(self, index: int) -> OpenImage:
+        """Picture `index` with its header read, to be decoded later. Raises BadImage."""
+        name = self.name(index)
+        now_doing(name)
+        return open_image(self.paths.content(index), name)
+
     def read(self, index: int) -> np.ndarray:
-        """Picture `index` as uint8 (H, W, 3) RGB."""
-        return read_image(self.paths[index])
+        """Picture `index` as uint8 (H, W, 3) RGB. Raises BadImage."""
+        return self.open(index).read()
 
     def with_classes(self, classes: Sequence[str]) -> ImageSource:
-        """The same pictures, their labels renumbered to a model's classes, by name."""
-        unknown = sorted({self.classes[label] for label in self.labels} - set(classes))
+        """The same pictures, their labels renumbered to a model's classes, by name.
+
+        Classes without a picture here are named on stderr; ones the model does not know are an error.
+        """
+        present = {self.classes[label] for label in np.unique(self.labels)}
+        unknown = sorted(present - set(classes))
         if unknown:
             raise ValueError(
                 f"the data has classes the model does not know: {_some(unknown)}; "
                 f"the model's are {_some(list(classes))}"
             )
+        absent = [name for name in classes if name not in present]
+        if absent:
+            print(
+                f"no picture of {len(absent)} of {len(classes)} classes: {_some(absent)}",
+                file=sys.stderr,
+            )
         number = {name: i for i, name in enumerate(classes)}
-        labels = tuple(number[self.classes[label]] for label in self.labels)
-        return ImageSource(self.paths, labels, tuple(classes))
+        renumber = np.array([number.get(name, -1) for name in self.classes], dtype=np.int64)
+        return replace(self, labels=renumber[self.labels], classes=tuple(classes))
 
 
 def open_source(location: str | Path, split: str = "train", labelled: bool = False) -> ImageSource:
-    """Look at a folder, a `.csv` or a `.txt`, and list its pictures.
+    """Look at a place and list its pictures.
 
-    split: which sub-folder to take where the folder has `train` and `val` (or `test`).
+    location: a folder of pictures, with or without a folder for each class; one with `train` and `val`
+        in it; a .txt of paths or a .csv of path,label; tar shards in WebDataset's layout or Parquet in
+        Hugging Face's: one file, a folder, or a pattern such as shards-{000..099}.tar or s/*.tar. Or the
+        same as an fsspec address, s3://...
+    split: which sub-folder, or which shards by the beginning of their names, to take where there are
+        several.
     labelled: refuse a source without labels.
     """
-    root = Path(location)
-    if not root.exists():
-        raise ValueError(f"{root} does not exist")
-    if root.is_file():
-        source = _read_list(root, labelled)
+    place = _address(location)
+    if re.search(r"[*?{[]", place) and not exists(place):
+        listing = _list_shards(expand(place), place)
+    elif not exists(place):
+        raise ValueError(f"{place} does not exist")
+    elif is_folder(place):
+        listing = _list_folder(place, split)
+    elif place.endswith((".tar", ".parquet")):
+        listing = _list_shards([place], place)
+    elif place.endswith(".txt"):
+        listing = list_text(place)
+    elif place.endswith(".csv"):
+        listing = list_csv(place, labelled)
     else:
-        if (root / "train").is_dir():
-            root = root / split
-            if not root.is_dir():
-                raise ValueError(f"{root.parent} has a train folder but no {split} folder")
-        source = _read_folder(root)
-    if not source.paths:
         raise ValueError(
-            f"{root} holds no pictures; looked in it and below for {', '.join(IMAGE_EXTENSIONS)}"
+            f"{place} is not a folder, a .tar, a .parquet, a .csv or a .txt; unpack what is compressed"
         )
-    if labelled and not source.labels:
+    if not len(listing.places):
         raise ValueError(
-            f"{root} has no classes; put each class's pictures in a folder of its name, "
-            "or give a .csv with the columns path,label"
+            f"{place} holds no pictures; looked in it and below for {', '.join(IMAGE_EXTENSIONS)}"
         )
-    return source
+    if labelled and not len(listing.labels):
+        raise ValueError(
+            f"{place} has no classes; put each class's pictures in a folder of its name, "
+            "give a .csv with the columns path,label, or shards with a KEY.cls beside each KEY.jpg"
+        )
+    return ImageSource(listing.places, listing.labels, listing.classes)
+
+
+def has_split(location: str | Path, split: str) -> bool:
+    """Whether a place has pictures of a split apart from those of others."""
+    place = _address(location)
+    if not (exists(place) and is_folder(place)):
+        return False
+    if _split_folder(place, "train"):
+        return _split_folder(place, split) is not None
+    return bool(_shards_of(list_folder(place).places.roots[1:], split))
 
 
 def list_pictures(root: Path) -> list[Path]:
     """All pictures in a folder and below it, in the order of their names."""
-    return [p for p in sorted(root.rglob("*")) if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file()]
+    return list(list_folder(str(root)).places)
 
 
-def _read_folder(root: Path) -> ImageSource:
-    files = list_pictures(root)
-    inside = [p.relative_to(root).parts for p in files]
-    classes = sorted({parts[0] for parts in inside if len(parts) > 1})
-    if not classes or any(len(parts) == 1 for parts in inside):
-        return ImageSource(tuple(files), (), ())  # some lie in the root itself: no class folders
-    number = {name: i for i, name in enumerate(classes)}
-    return ImageSource(tuple(files), tuple(number[parts[0]] for parts in inside), tuple(classes))
+def _address(location: str | Path) -> str:
+    return re.sub(r"^(\w\w+):/(?!/)", r"\1://", str(location))  # Path squeezes s3:// to s3:/
 
 
-def _read_list(file: Path, labelled: bool) -> ImageSource:
-    text = "utf-8-sig"  # spreadsheets begin theirs with a byte order mark
-    if file.suffix == ".txt":
-        lines = [line.strip() for line in file.read_text(encoding=text).splitlines()]
-        return ImageSource(tuple(file.parent / line for line in lines if line), (), ())
-    if file.suffix != ".csv":
-        raise ValueError(f"{file} is not a folder, a .csv or a .txt")
-    try:
-        with file.open(newline="", encoding=text) as stream:
-            reader = csv.DictReader(stream)
-            numbered = [(reader.line_num, row) for row in reader]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}); save it as such") from None
-    if not numbered or "path" not in numbered[0][1]:
-        raise ValueError(f"{file} needs a first line that names its columns: path,label")
-    rows = [row for _, row in numbered]
-    wanted = ("path", "label") if labelled and "label" in rows[0] else ("path",)
-    for line, row in numbered:
-        for column in wanted:
-            if not row[column]:
-                raise ValueError(f"line {line} of {file} has no {column}")
-    paths = tuple(file.parent / row["path"] for row in rows)
-    if not all(row.get("label") for row in rows):
-        return ImageSource(paths, (), ())
-    classes = sorted({row["label"] for row in rows})
-    number = {name: i for i, name in enumerate(classes)}
-    return ImageSource(paths, tuple(number[row["label"]] for row in rows), tuple(classes))
+def _split_folder(place: str, split: str) -> str | None:
+    folders = (f"{place.rstrip('/')}/{name}" for name in SPLIT_NAMES.get(split, (split,)))
+    return next(filter(is_folder, folders), None)
+
+
+def _list_folder(place: str, split: str) -> Listing:
+    if _split_folder(place, "train"):
+        inside = _split_folder(place, split)
+        if inside is None:
+            raise ValueError(f"{place} has a train folder but no {split} folder")
+        return _list_folder(inside, split)
+    listing = list_folder(place)
+    shards = listing.places.roots[1:]
+    if len(listing.places):
+        if shards:
+            print(f"{place}: {len(shards)} shards beside the pictures are left out", file=sys.stderr)
+        return listing
+    if not shards:
+        return listing
+    _refuse_unfinished(place, shards)
+    chosen = _shards_of(shards, split)
+    if not chosen and _shards_of(shards, "train"):
+        raise ValueError(f"{place} has shards named train but none named {split}")
+    return _list_shards(chosen or list(shards), place)
+
+
+def _shards_of(shards: Sequence[str], split: str) -> list[str]:
+    """Those whose name, such as train-00000.tar or data/validation-00000-of-00002.parquet, says so."""
+    names = "|".join(SPLIT_NAMES.get(split, (split,)))
+    return [shard for shard in shards if re.search(rf"(^|[/_-])({names})[_.-][^/]*$", shard)]
+
+
+def _list_shards(files: list[str], place: str) -> Listing:
+    if files and all(map(is_parquet, files)):
+        return list_parquet(files)
+    if files and all(file.endswith(".tar") for file in files):
+        return list_tars(files, workers=min(len(files) - 1, os.cpu_count() or 1))
+    raise ValueError(
+        f"{place} names {_some(files)}; give .tar or .parquet files, and only one kind of them"
+    )
+
+
+def _refuse_unfinished(place: str, shards: Sequence[str]) -> None:
+    manifest = f"{place.rstrip('/')}/{MANIFEST}"
+    if not is_address(place) and exists(manifest):
+        number = sum(json.loads(Path(manifest).read_text())["shards"].values())
+        if len(shards) < number:
+            raise ValueError(
+                f"{place} has {len(shards)} of {number} shards; run `beit shard` again to end it"
+            )
 
 
 def _some(names: list[str], most: int = 8) -> str:
@@ -130,9 +214,22 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
+# --- Order ---------------------------------------------------------------------------------------
+
+_ordering = threading.Lock()
+
+
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: a permutation of 0 to num_samples - 1."""
-    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+    """The order of an epoch: a read-only permutation of 0 to num_samples - 1."""
+    with _ordering:  # or each thread that comes to a new epoch would make it
+        return _epoch_order(num_samples, seed, epoch)
+
+
+@functools.lru_cache(maxsize=2)  # an epoch, and the next, that is begun before the last batch is used
+def _epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    order = np.random.default_rng([seed, epoch]).permutation(num_samples)
+    order.flags.writeable = False
+    return order
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -140,35 +237,159 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch, index, 1])
 
 
-def batch_at(step: int, num_samples: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
-    """The (epoch, index) pairs of a training step; the last, short batch of an epoch is left out.
+def batch_at(
+    step: int, num_samples: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
+) -> list[tuple[int, int]]:
+    """The (epoch, index) pairs that rank `rank` of `world` sees in a training step.
 
-    A set smaller than a batch is one batch an epoch.
+    batch_size: samples of all ranks together; a rank takes every world-th of them. The last, short
+    batch of an epoch is left out; a set smaller than a batch is one batch an epoch.
     """
     steps_per_epoch = max(num_samples // batch_size, 1)
     epoch, place = divmod(step, steps_per_epoch)
     order = epoch_order(num_samples, seed, epoch)[place * batch_size : (place + 1) * batch_size]
-    return [(epoch, int(index)) for index in order]
+    return [(epoch, int(index)) for index in order[rank::world]]
 
 
-def load_ahead(make: Callable[[int], T], steps: range, workers: int) -> Iterator[T]:
-    """make(step) for each step, in order, prepared by threads while the caller works.
+# --- Bad pictures --------------------------------------------------------------------------------
 
-    Decoding and resizing release Python's lock, so threads do; an error in one is raised here, at
-    its step. workers 0 works in the caller.
+
+class Bad(NamedTuple):
+    """A picture that could not be used, and why."""
+
+    sample: int  # its index in the source
+    path: str
+    code: str
+    reason: str
+
+
+class TooManyBadImages(Exception):
+    """More pictures cannot be read than a run may pass over."""
+
+    exit_code = 4
+
+
+class BadImages:
+    """The pictures of a run that could not be read: listed in a file, and counted against a budget."""
+
+    def __init__(self, file: Path, num_samples: int, budget: float) -> None:
+        """file: a .csv, made with the first bad picture and gone on with where it exists.
+
+        budget: share of the pictures that may be bad; one may always be, unless it is 0.
+        """
+        if not 0 <= budget <= 1:
+            raise ValueError(f"max_bad_images {budget} is not a share from 0 to 1; 0.01 is usual")
+        self.file, self.num_samples, self.budget = file, num_samples, budget
+        self.found: dict[int, Bad] = {}
+        if file.exists():
+            with file.open(newline="", encoding="utf-8") as stream:
+                rows = [row for row in csv.reader(stream) if len(row) == 4 and row[0].isdecimal()]
+            self.found = {int(index): Bad(int(index), *rest) for index, *rest in rows}
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def add(self, bad: Sequence[Bad], in_a_row: int = 0) -> None:
+        """List what is new. Raises TooManyBadImages over the budget, or after so many `in_a_row`."""
+        new = {b.sample: b for b in bad if b.sample not in self.found}
+        if new:
+            first = not self.file.exists()
+            with self.file.open("a", newline="", encoding="utf-8", errors="replace") as stream:
+                csv.writer(stream).writerows([Bad._fields, *new.values()] if first else new.values())
+            self.found |= new
+        allowed = math.ceil(self.budget * self.num_samples)
+        if in_a_row:
+            raise TooManyBadImages(f"{in_a_row} pictures in a row cannot be read: {self._examples(bad)}")
+        if new and len(self.found) > allowed:
+            raise TooManyBadImages(
+                f"{len(self.found):,} of {self.num_samples:,} pictures cannot be read, where "
+                f"{self.budget:.1%} ({allowed:,}) may: {self._examples(list(self.found.values()))}"
+            )
+
+    def _examples(self, bad: Sequence[Bad]) -> str:
+        some = [f"{b.path} ({b.reason})" for b in bad]
+        return (
+            f"{_some(some, 3)}; all are listed in {self.file}. Mend them, leave them out, "
+            "or raise --max-bad-images"
+        )
+
+    def __str__(self) -> str:
+        return f"{len(self)} pictures could not be read and others took their places; see {self.file}"
+
+
+# --- Batches -------------------------------------------------------------------------------------
+
+
+class _Made(NamedTuple, Generic[T]):
+    samples: list[tuple[int, T]]
+    bad: list[Bad]
+    in_a_row: int  # 0, or how many were bad when it gave up
+
+
+class Loader:
+    """Batches of a training run, made ahead by processes; bad pictures give way to the next.
+
+    A batch is [(index, value)]: a picture's number in the source, and what was prepared from it.
     """
-    if workers == 0:
-        yield from map(make, steps)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[T]] = deque()
-        try:
-            for step in steps:
-                waiting.append(pool.submit(make, step))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+
+    def __init__(
+        self,
+        source: ImageSource,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        bad_images: BadImages,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch_size % world:
+            raise ValueError(f"batch_size {batch_size} does not divide among {world} processes")
+        self.source, self.batch_size, self.seed, self.workers = source, batch_size, seed, workers
+        self.bad_images, self.rank, self.world = bad_images, rank, world
+        self._unreadable: set[int] = set()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; at least one."""
+        return max(len(self.source) // self.batch_size, 1)
+
+    def batches(
+        self, steps: range, prepare: Callable[[OpenImage, np.random.Generator], T]
+    ) -> Iterator[list[tuple[int, T]]]:
+        """The batches of some steps, in order: prepare(picture, rng) of each of their samples.
+
+        prepare runs in worker processes; a BadImage that it raises replaces the sample. Raises
+        TooManyBadImages and WorkerDied.
+        """
+        for made in load_in_processes(lambda step: self._make(step, prepare), steps, self.workers):
+            self.bad_images.add(made.bad, made.in_a_row)
+            yield made.samples
+
+    def _make(self, step: int, prepare: Callable[[OpenImage, np.random.Generator], T]) -> _Made[T]:
+        samples: list[tuple[int, T]] = []
+        bad: list[Bad] = []
+        size, seed = len(self.source), self.seed
+        for epoch, index in batch_at(step, size, self.batch_size, seed, self.rank, self.world):
+            for chosen in self._candidates(epoch, index):
+                if chosen in self._unreadable:
+                    continue
+                try:
+                    # The place keeps its draws, so that a stand-in is not the same crop twice.
+                    value = prepare(self.source.open(chosen), sample_rng(seed, epoch, index))
+                except BadImage as error:
+                    bad.append(Bad(chosen, self.source.name(chosen), error.code, error.reason))
+                    self._unreadable.add(chosen)
+                else:
+                    samples.append((chosen, value))
+                    break
+            else:
+                return _Made(samples, bad, min(MOST_IN_A_ROW, size))
+        return _Made(samples, bad, 0)
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """A sample, then those at the next positions of its epoch, should it be bad."""
+        yield index
+        order = epoch_order(len(self.source), self.seed, epoch)
+        place = int(np.flatnonzero(order == index)[0])
+        for step in range(1, min(MOST_IN_A_ROW, len(order))):
+            yield int(order[(place + step) % len(order)])

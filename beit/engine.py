@@ -64,7 +64,7 @@ class Engine:
                 "fine-tune it first: beit finetune DATA -m MODEL -o RUN"
             )
         self.device = pick_device(device)
-        self.model = loaded.to(self.device).eval()
+        self.model = loaded.to(self.device, torch.float32).eval()  # many files hold float16
         self.precision = precision
         self.batch_size = batch_size
 

@@ -31,7 +31,7 @@ PRETRAINING_ONLY = {
     "cls_pt_layers": "v2's extra blocks serve pre-training only",
     "norm": "a classifier has a norm of its own, after pooling",
     "fc_norm": "this model has no pooling",
-    "head": "other classes were asked for",
+    "head": "other classes were asked for, or none",
 }
 
 
@@ -79,7 +79,7 @@ def hand_over(
     tensors, unknown = dict(tensors), []
     if SHARED in tensors and model.rel_pos_bias is None and new.rel_pos_bias == "per_block":
         shared = tensors.pop(SHARED)
-        tensors |= {f"blocks.{i}.attn.{TABLE}": shared for i in range(new.depth)}
+        tensors |= {f"blocks.{i}.attn.{TABLE}": shared.clone() for i in range(new.depth)}
         report.expanded.append(SHARED)
     taken: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -95,7 +95,7 @@ def hand_over(
             tensor = resize_bias_table(tensor, old.grid, new.grid)
             report.resized.append(name)
         elif name == "pos_embed" and old.grid != new.grid:
-            tensor = resize_positions(tensor, old.grid, new.grid)
+            tensor = resize_positions(tensor.double(), old.grid, new.grid).to(tensor.dtype)
             report.resized.append(name)
         elif name == "patch_embed.proj.weight" and old.patch_size != new.patch_size:
             tensor = resize_patch_kernel(tensor, new.patch_size)
@@ -149,6 +149,7 @@ def to_classifier(
 def resized_spec(source: Beit, config: BeitConfig) -> ImageSpec:
     """The source's image spec at the size of `config`; from 384 pixels on the whole picture is seen."""
     spec = replace(source.image_spec, size=config.image_height_width)
-    if spec.crop_ratio == unilm_spec(source.image_spec.size[0]).crop_ratio:  # nobody chose another
-        spec = replace(spec, crop_ratio=unilm_spec(spec.size[0]).crop_ratio)
+    usual = unilm_spec(max(source.image_spec.size)).crop_ratio
+    if spec.resize == "short_side" and spec.crop_ratio == usual:  # nobody chose another
+        spec = replace(spec, crop_ratio=unilm_spec(max(spec.size)).crop_ratio)
     return spec

@@ -3,32 +3,49 @@
 `preprocess` is the only code that prepares a picture for evaluation, so that the same picture gives
 the same numbers in training, evaluation, the command line and a server. No torch here.
 
+| the file's mode | becomes RGB by |
+|---|---|
+| RGB; 16 bits a channel | as it is; the upper 8 bits, as Pillow opens them |
+| 1, L, P, CMYK (also Adobe's inverted), YCbCr, LAB | Pillow's `convert`, as trained models saw them |
+| LA, RGBA, P with transparency | the same: the colours stay, transparency is dropped |
+| RGBa, La (premultiplied) | divided by their transparency first, then the same |
+| I;16, and I within 0 to 65535 | value / 257, rounded |
+| F within 0 to 1 | value * 255, rounded |
+| other I and F | from their own lowest and highest, to 0 and 255; what is not a number is black |
+
 Shapes: an image is uint8 (height, width, 3) RGB; a prepared one float32 (3, height, width).
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
+import logging
 import math
 import os
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, _imaging
 
 IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif",
 )  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # nothing else is even tried
 
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = 50_000_000  # the environment variable BEIT_MAX_PIXELS sets another
 MAX_FILE_BYTES = 100_000_000
+MAX_HEADER_BYTES = 32_000_000  # what a file may say before its first pixel
+READ_COST = 4096  # bytes that a read counts at least, so that a header of single bytes ends as well
+
+Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -75,39 +92,161 @@ class ImageSpec:
             )
 
 
-def unilm_spec(img_size: int) -> ImageSpec:
-    """The original evaluation rule: crop 0.875 below 384 pixels, the whole short side from there on."""
-    return ImageSpec(size=(img_size, img_size), crop_ratio=0.875 if img_size < 384 else 1.0)
+def unilm_spec(
+    img_size: int,
+    mean: tuple[float, float, float] = HALF,
+    std: tuple[float, float, float] = HALF,
+) -> ImageSpec:
+    """The original evaluation rule: crop 0.875 below 384 pixels, the whole short side from there on.
 
-
-def read_image(source: str | os.PathLike[str] | bytes | Image.Image | np.ndarray) -> np.ndarray:
-    """Read one picture as uint8 (height, width, 3) RGB, upright, whatever its file's mode.
-
-    EXIF orientation is applied; other modes become RGB by Pillow's `convert`, 16-bit ones scaled
-    first. An array is only looked at. Raises BadImage for anything that is not a readable picture
-    within the limits.
+    Statistics: HALF for v1 on ImageNet-22k, IMAGENET_MEAN and IMAGENET_STD for v1 on 1k and all v2.
     """
-    if isinstance(source, np.ndarray):
-        return _checked(source)
-    name = "picture" if isinstance(source, (bytes, Image.Image)) else os.fspath(source)
-    try:
-        with _without_warnings():
-            if isinstance(source, Image.Image):
-                return _to_rgb(source, name)
-            content = source if isinstance(source, bytes) else _file_bytes(Path(source))
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                return _to_rgb(image, name)
-    except BadImage:
-        raise
-    except MemoryError:
-        raise
-    except FileNotFoundError:
-        raise BadImage("missing", name, "no such file") from None
-    except Image.DecompressionBombError as error:  # Pillow's own, far larger, limit is met first
-        raise BadImage("too_large", name, str(error)) from None
-    except Exception as error:  # Pillow raises six kinds for broken files, SyntaxError among them
-        raise BadImage("unreadable", name, f"not a readable picture ({error})") from error
+    return ImageSpec((img_size, img_size), "short_side", "bicubic", _crop(img_size, 0.875), mean, std)
 
+
+def timm_spec(
+    img_size: int,
+    mean: tuple[float, float, float] = HALF,
+    std: tuple[float, float, float] = HALF,
+    large_v2: bool = False,
+) -> ImageSpec:
+    """timm's evaluation rule: crop 0.9 below 384 pixels, 0.95 for its v2 large models, 1 from 384 on."""
+    ratio = _crop(img_size, 0.95 if large_v2 else 0.9)
+    return ImageSpec((img_size, img_size), "short_side", "bicubic", ratio, mean, std)
+
+
+def transformers_spec(
+    img_size: int,
+    mean: tuple[float, float, float] = HALF,
+    std: tuple[float, float, float] = HALF,
+) -> ImageSpec:
+    """The rule of the published transformers checkpoints: squashed to a square, bilinear, all shown."""
+    return ImageSpec((img_size, img_size), "squash", "bilinear", 1.0, mean, std)
+
+
+def _crop(img_size: int, ratio: float) -> float:
+    return ratio if img_size < 384 else 1.0
+
+
+def read_image(source: Source) -> np.ndarray:
+    """Read one picture as uint8 (height, width, 3) RGB, upright, by the table above.
+
+    Raises BadImage for anything that is not a readable picture within the limits.
+    """
+    return open_image(source).read()
+
+
+def open_image(source: Source, name: str | None = None, max_pixels: int | None = None) -> OpenImage:
+    """Read a picture's header and check it against the limits; nothing is decoded.
+
+    source: a path, a file's bytes, a Pillow image, or an array, which is only looked at.
+    name: what errors call it; the path, or "picture".
+    max_pixels: instead of BEIT_MAX_PIXELS or 50 million; Pillow's own limit of 179 million stays.
+    Raises BadImage.
+    """
+    return OpenImage(source, name, max_pixels)
+
+
+class OpenImage:
+    """One frame of a picture whose header is read and whose pixels are not yet.
+
+    size: (width, height) as the header declares them, upright. name: what errors call it.
+    """
+
+    def __init__(self, source: Source, name: str | None = None, max_pixels: int | None = None) -> None:
+        self.name = name or (os.fspath(source) if isinstance(source, (str, os.PathLike)) else "picture")
+        self._max_pixels = _pixel_limit() if max_pixels is None else max_pixels
+        self._source: bytes | Image.Image | np.ndarray
+        if isinstance(source, np.ndarray):
+            self._source = _checked(source, self.name)
+            self.size = source.shape[1], source.shape[0]
+            return
+        with _only_bad_images(self.name):
+            if isinstance(source, Image.Image):
+                self._source = source
+            else:
+                self._source = _file_bytes(source, self.name)
+            self._unread: Image.Image | None = self._open()
+            width, height = self._unread.size
+            self.size = (height, width) if self._is_turned(self._unread) else (width, height)
+
+    def read(self, scale: int = 1) -> np.ndarray:
+        """The pixels, uint8 (height, width, 3).
+
+        scale: a JPEG is decoded at 1/scale of its size where that is 2, 4 or 8, its sides rounded up;
+        others at their own. For training: the pixels are not exactly those of a resize.
+        """
+        if isinstance(self._source, np.ndarray):
+            return self._source
+        with _only_bad_images(self.name):
+            return _to_array(self.picture(scale))
+
+    def picture(self, scale: int = 1) -> Image.Image:
+        """As `read`, as a Pillow image of mode RGB: one copy less."""
+        if scale not in (1, 2, 4, 8):
+            raise ValueError(f"scale {scale} is not one of 1, 2, 4, 8")
+        if isinstance(self._source, np.ndarray):
+            return Image.fromarray(self._source)
+        with _only_bad_images(self.name):
+            image, self._unread = self._unread or self._open(), None
+            if scale > 1 and not isinstance(self._source, Image.Image):
+                image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
+            return _to_rgb(image)
+
+    def _is_turned(self, image: Image.Image) -> bool:
+        if image.format == "TIFF":
+            return False  # Pillow turns it, and says so in its size
+        if image.format == "PNG" and "exif" not in image.info and isinstance(self._source, bytes):
+            # Pillow would decode it all to look behind the pixels; do so only where something is there
+            anywhere = b"eXIf" in self._source or b"XML:com.adobe.xmp" in self._source
+            return anywhere and _orientation(image) >= 5
+        return _orientation(image) >= 5
+
+    def _open(self) -> Image.Image:
+        if isinstance(self._source, Image.Image):
+            image = self._source
+        else:
+            assert isinstance(self._source, bytes)
+            header = _Header(self._source, self.name)
+            image = Image.open(header, formats=FORMATS)
+            header.budget = math.inf
+        width, height = image.size
+        if width * height == 0:
+            raise BadImage("empty", self.name, "a picture without pixels")
+        if width * height > self._max_pixels:
+            reason = f"{width} x {height} pixels; the limit is {self._max_pixels:,}"
+            raise BadImage("too_large", self.name, reason)
+        return image
+
+
+class _Header(io.BytesIO):
+    """A file whose header ends: more reading than any real header takes is refused."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name = name
+        self.budget: float = MAX_HEADER_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        if size is not None and size >= 0:  # formats that are read whole say so with -1
+            self.budget -= max(len(data), READ_COST)
+            if self.budget < 0:
+                raise BadImage(
+                    "too_large", self.name, f"its header is longer than {MAX_HEADER_BYTES:,} bytes"
+                )
+        return data
+
+
+def _pixel_limit() -> int:
+    text = os.environ.get("BEIT_MAX_PIXELS", str(MAX_PIXELS))
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"BEIT_MAX_PIXELS {text!r} is not a number of pixels; {MAX_PIXELS} is usual")
+    return int(text)
+
+
+# Pillow logs some of what it raises; without a handler that ends on the terminal.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _readers = 0
 _readers_lock = threading.Lock()
@@ -133,43 +272,109 @@ def _without_warnings() -> Iterator[None]:
                 _silence.close()
 
 
-def _file_bytes(path: Path) -> bytes:
-    size = path.stat().st_size
+@contextmanager
+def _only_bad_images(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside is a BadImage, and nothing is said about it."""
+    try:
+        with _without_warnings():
+            yield
+    except BadImage:
+        raise
+    except MemoryError:
+        raise BadImage("memory", name, "there is not enough memory to decode it") from None
+    except FileNotFoundError:
+        raise BadImage("missing", name, "no such file") from None
+    except Image.DecompressionBombError as error:  # far above our limit
+        raise BadImage("too_large", name, str(error)) from None
+    except Exception as error:  # Pillow raises six kinds for broken files, SyntaxError among them
+        raise BadImage("unreadable", name, f"not a readable picture ({error})") from error
+
+
+def _file_bytes(source: str | os.PathLike[str] | bytes, name: str) -> bytes:
+    size = len(source) if isinstance(source, bytes) else os.stat(source).st_size
     if size > MAX_FILE_BYTES:
-        raise BadImage("too_large", str(path), f"{size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
-    return path.read_bytes()
+        raise BadImage("too_large", name, f"{size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
+    return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
-def _checked(array: np.ndarray) -> np.ndarray:
+def _checked(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         came = f"{array.dtype} {array.shape}"
-        raise BadImage("unreadable", "picture", f"an array is uint8 (height, width, 3) RGB, not {came}")
+        raise BadImage("unreadable", name, f"an array is uint8 (height, width, 3) RGB, not {came}")
     return array
 
 
-def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
-    pixels = image.width * image.height
-    if pixels > MAX_PIXELS:
-        raise BadImage(
-            "too_large", name, f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS:,}"
-        )
-    if pixels == 0:
-        raise BadImage("empty", name, "a picture without pixels")
-    image = ImageOps.exif_transpose(image)
+_UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; 1 where the file says nothing, or nothing that can be read: its pixels still can."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises what it raises for broken files
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+@cache
+def _quiet_libtiff() -> None:
+    """libtiff writes its errors on the terminal, besides what Pillow raises; ask Pillow's copy not to."""
+    with suppress(AttributeError, OSError):  # where Pillow hides its libtiff, only the quiet is lost
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.format == "TIFF":
+        _quiet_libtiff()
+    image.load()
+    orientation = _orientation(image)  # only now: a TIFF has been turned by Pillow
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_scale_to_bytes(np.asarray(image)))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
+    elif image.mode in ("RGBa", "La"):
+        image = image.convert(image.mode.upper())
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return image.transpose(_UPRIGHT[orientation]) if orientation != 1 else image
+
+
+def _to_array(picture: Image.Image) -> np.ndarray:
+    """As `np.array(picture)`, which for a moment holds large pictures three times more."""
+    width, height = picture.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, (1 << 20) // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels[top:bottom] = np.asarray(picture.crop((0, top, width, bottom)))
+    return pixels
+
+
+_SIXTEEN_TO_EIGHT = np.round(np.arange(65536) / 257).astype(np.uint8)
 
 
 def _scale_to_bytes(values: np.ndarray) -> np.ndarray:
-    """16-bit integers by 1/257; floats from [0, 1], or from their own range where they leave it."""
-    whole, values = values.dtype.kind in "iu", values.astype(np.float64)
-    if values.min() >= 0 and values.max() <= (65535 if whole else 1):
-        return np.round(values / 257 if whole else values * 255).astype(np.uint8)
-    span = max(float(values.max() - values.min()), 1e-12)
-    return np.round((values - values.min()) / span * 255).astype(np.uint8)
+    """Integers of 16 bits or more, or floats -> uint8 of the same shape, by the table above."""
+    whole = values.dtype.kind in "iu"
+    finite = values if whole else values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    if low >= 0 and high <= (65535 if whole else 1):
+        if whole:
+            return _SIXTEEN_TO_EIGHT[values]
+        low, high = 0.0, 1.0
+    span = max(high - low, 1e-12)
+    scaled = np.empty(values.shape, np.uint8)
+    for start in range(0, values.size, 1 << 20):  # in parts: doubles of 50 million pixels are 400 MB
+        part = slice(start, start + (1 << 20))
+        levels = (values.ravel()[part].astype(np.float64) - low) / span * 255
+        scaled.ravel()[part] = np.round(np.nan_to_num(levels, nan=0, posinf=255, neginf=0))
+    return scaled
 
 
 def resize_and_crop(image: np.ndarray, spec: ImageSpec) -> np.ndarray:

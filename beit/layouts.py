@@ -63,8 +63,7 @@ MODULE_NAMES = {
 # What may stand beside an encoder and is of no use to it, and why.
 IGNORED = (
     (r"(.*\.)?relative_position_index", "computed from the grid, never read"),
-    (r"(backbone\.)?fpn\d\..*|decode_head\..*|auxiliary_head\..*|fpn\..*", "a segmentation head"),
-    (r"(.*\.)?num_batches_tracked", "a counter of a segmentation head"),
+    (r"(.*\.)?(fpn\d?|decode_head|auxiliary_head)\..*", "a segmentation head"),
 )
 
 
@@ -144,7 +143,7 @@ def layout_of(names: Iterable[str]) -> str:
     rules = (
         ("vqkd", r"quantize\.embedding\.weight"),
         ("dalle", r"(encoder\.|decoder\.)?blocks\.(input|group_1\..*|output\.conv)\.[wb]"),
-        ("vit", r".*blocks\.\d+\.attn\.qkv\.bias"),
+        ("vit", r".*\.(attn\.qkv|attention\.key|k_proj)\.bias"),  # a BEiT's keys have no bias
         ("blocks", r".*blocks\.\d+\.attn\.qkv\.weight"),
         ("transformers", r".*layers?\.\d+\.attention\.(attention\.query|q_proj)\.weight"),
     )
@@ -167,11 +166,13 @@ def read_config(
     img_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
     early_layer: int | None = None,
+    known_size: tuple[int, int] | None = None,
 ) -> tuple[BeitConfig, list[str]]:
     """The config of a BEiT from its tensors under our names, and what had to be assumed.
 
     img_size: pixels, where the tensors leave it open (no table, no positions, or a rectangle).
-    num_heads, early_layer: where the rule (64 wide; 9 of 12, 21 of 24) is wrong. Raises ValueError.
+    num_heads, early_layer: where the rule (64 wide; 9 of 12, 21 of 24) is wrong. known_size: pixels,
+    from a config beside the tensors; it is taken where the tensors allow it. Raises ValueError.
     """
     missing = {"cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} - tensors.keys()
     if missing:
@@ -182,7 +183,7 @@ def read_config(
     if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
         raise ValueError(f"patch_embed.proj.weight {tuple(kernel.shape)} has no square patches")
     patch = kernel.shape[-1]
-    depth = 1 + max(int(n.split(".")[1]) for n in tensors if re.match(r"blocks\.\d+\.", n))
+    depth = count_blocks(tensors)
 
     shared = tensors.get(f"rel_pos_bias.{TABLE}")
     own = tensors.get(f"blocks.0.attn.{TABLE}")
@@ -195,9 +196,12 @@ def read_config(
         if num_heads not in (None, table.shape[1]):
             raise ValueError(f"num_heads {num_heads} was asked for; its bias has {table.shape[1]} heads")
         num_heads = table.shape[1]
-        grid = _grid_of(_rectangles(table.shape[0] - CLASS_ROWS), img_size, patch, "bias table")
+        grids = _rectangles(table.shape[0] - CLASS_ROWS)
+        grid = _grid_of(grids, known_size, img_size, patch, "bias table")
     elif positions is not None:
-        grid = _grid_of(_factors(positions.shape[1] - 1), img_size, patch, "pos_embed")
+        grid = _grid_of(_factors(positions.shape[1] - 1), known_size, img_size, patch, "pos_embed")
+    elif known_size is not None:
+        grid = known_size[0] // patch, known_size[1] // patch
     elif img_size is not None:
         height, across = (img_size, img_size) if isinstance(img_size, int) else img_size
         grid = height // patch, across // patch
@@ -216,6 +220,8 @@ def read_config(
 
     extra = {n.split(".")[1] for n in tensors if n.startswith("cls_pt_layers.")}
     if not extra:
+        if early_layer:
+            raise ValueError(f"early_layer {early_layer} was asked for; it has no cls_pt_layers")
         early_layer = 0
     elif early_layer is None:
         early_layer = {12: 9, 24: 21}.get(depth, max(1, round(depth * 3 / 4)))
@@ -228,7 +234,7 @@ def read_config(
         embed_dim=width,
         depth=depth,
         num_heads=num_heads,
-        mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        mlp_ratio=mlp_ratio_of(tensors["blocks.0.mlp.fc1.weight"].shape[0], width),
         init_values=(0.1 if depth < 24 else 1e-5) if "blocks.0.gamma_1" in tensors else 0.0,
         rel_pos_bias=bias,
         use_abs_pos_emb=positions is not None,
@@ -240,6 +246,22 @@ def read_config(
         head_layers=len(extra) or 2,
     )
     return config, assumed
+
+
+def count_blocks(tensors: Iterable[str], name: str = "blocks") -> int:
+    """How many blocks the names number, from 0 without a gap. Raises ValueError."""
+    numbers = {n[len(name) + 1 :].split(".")[0] for n in tensors if n.startswith(f"{name}.")}
+    missing = next(i for i in range(len(numbers) + 1) if str(i) not in numbers)
+    if missing != len(numbers):
+        last = max(numbers, key=lambda number: (len(number), number))
+        raise ValueError(f"it has {name}.{last} and lacks {name}.{missing}")
+    return missing
+
+
+def mlp_ratio_of(hidden: int, width: int) -> float:
+    """The ratio that makes just so many hidden units, though a quotient may round below it."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _rectangles(offsets: int) -> list[Grid]:
@@ -254,14 +276,23 @@ def _factors(count: int) -> list[Grid]:
 
 
 def _grid_of(
-    possible: list[Grid], img_size: int | tuple[int, int] | None, patch: int, what: str
+    possible: list[Grid],
+    known_size: tuple[int, int] | None,
+    img_size: int | tuple[int, int] | None,
+    patch: int,
+    what: str,
 ) -> Grid:
-    """The one grid that a table or the positions can mean; a rectangle must be named."""
-    if img_size is not None and not isinstance(img_size, int):
-        named = img_size[0] // patch, img_size[1] // patch
-        if named in possible:
-            return named
+    """The one grid that a table or the positions can mean: the one that is known, a square, or the
+    rectangle that was asked for."""
+    known, asked = (
+        (size[0] // patch, size[1] // patch) if isinstance(size, (tuple, list)) else None
+        for size in (known_size, img_size)
+    )
+    if known in possible:
+        return known
     if possible and possible[0][0] == possible[0][1]:
         return possible[0]
+    if asked in possible:
+        return asked
     sizes = ", ".join(f"({h * patch}, {w * patch})" for h, w in possible[:6]) or "nothing"
     raise ValueError(f"its {what} is of no square; img_size=(height, width) must say which of {sizes}")

@@ -129,6 +129,7 @@ _V2_BASE = replace(_BASE, early_layer=9)
 _V2_LARGE = replace(_LARGE, early_layer=21)
 # Plain ViT, the other BEiT of the paper: absolute positions, no bias, no LayerScale.
 _PLAIN = replace(_BASE, rel_pos_bias="none", use_abs_pos_emb=True, init_values=0.0)
+_PLAIN_LARGE = replace(_PLAIN, embed_dim=1024, depth=24, num_heads=16)
 _TINY = BeitConfig(embed_dim=192, num_heads=3)
 _SMALL = BeitConfig(embed_dim=384, num_heads=6)
 
@@ -146,6 +147,7 @@ VARIANTS: dict[str, BeitConfig] = {
     "beit_large_patch16_224_8k_vocab": _LARGE.for_pretraining(),
     "beit_base_patch16_224_pt1k": _PLAIN,
     "beit_base_patch16_224_pt1k_8k_vocab": _PLAIN.for_pretraining(),
+    "beit_large_patch16_224_pt1k_8k_vocab": _PLAIN_LARGE.for_pretraining(),
     "beitv2_base_patch16_224": _BASE,
     "beitv2_large_patch16_224": _LARGE,
     "beitv2_base_patch16_224_in22k": replace(_BASE, num_classes=21841),
@@ -297,12 +299,18 @@ class Beit(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], width))
         shared = config.rel_pos_bias == "shared"
         self.rel_pos_bias = RelativePositionBias(grid, config.num_heads) if shared else None
-        # Recomputed, never stored: the published files carry it up to 24 times.
-        self.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
+        # Recomputed, never stored: the published files carry it up to 24 times. Where only shapes are
+        # wanted nothing is computed: arithmetic on "meta" is done in Python and loads torch's compiler.
+        only_shapes = self.cls_token.is_meta
+        h, w = grid if config.rel_pos_bias != "none" else (1, 1)
+        shape = (1 + h * w, 1 + h * w)
+        index = torch.empty(shape, dtype=torch.int64) if only_shapes else relative_position_index((h, w))
+        self.register_buffer("relative_position_index", index, persistent=False)
         rates = _linspace(config.drop_path_rate, config.depth)
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.build_head()
-        self.init_weights()
+        if not only_shapes:
+            self.init_weights()
         self._bias_cache: dict[Grid, tuple[Tensor, list[Tensor]]] = {}
 
     def build_head(self) -> None:

@@ -1,4 +1,4 @@
-"""What moves the weights: parameter groups, layer-wise decay, the schedule.
+"""What moves the weights: parameter groups, layer-wise decay, the schedule, the update, the average.
 
 Groups are those of the published code: no weight decay for vectors, biases, positions and the class
 token (the mask token and the bias tables do decay); with layer-wise decay, one pair of groups a layer.
@@ -7,10 +7,11 @@ token (the mask token and the bias tables do decay); with layer-wise decay, one 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 NO_DECAY = ("pos_embed", "cls_token")
 
@@ -88,3 +89,64 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group the schedule's rate times its own scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
+
+
+class GradState(NamedTuple):
+    """What an update saw, still on the device."""
+
+    norm: Tensor  # () of all gradients together, before clipping
+    skipped: Tensor  # () float32: 1 where nothing moved, else 0
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, clip_grad_norm: float = 0.0) -> GradState:
+    """Clip the gradients, step, and forget them; where loss or norm is not finite, nothing moves.
+
+    Weights, moments and step counters then stay as they are, bit for bit. The device decides by itself:
+    nobody waits for it. The optimiser must be fused, as `adamw` is.
+
+    loss: () of the step, the same in all processes (`distributed.mean`).
+    clip_grad_norm: the largest norm; 0 turns clipping off.
+    """
+    moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = get_total_norm([p.grad for p in moved])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
+    if clip_grad_norm:
+        clip_grads_with_norm_(moved, clip_grad_norm, norm)
+    skipped = 1.0 - (norm.isfinite() & loss.detach().isfinite()).float()
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by torch's fused optimisers
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    optimizer.zero_grad()
+    return GradState(norm, skipped)
+
+
+class EMA:
+    """A running average of a model's weights, and of its other floating tensors.
+
+    average = decay * average + (1 - decay) * weights after each update, beginning as the weights;
+    0.9999 is usual. `tensors` has the names of the state dict.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"ema_decay {decay} is not between 0 and 1; 0.9999 is usual")
+        self.decay = decay
+        self.tensors = {name: tensor.clone() for name, tensor in _floating(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move a little towards the weights of now."""
+        now = _floating(model)
+        torch._foreach_lerp_(
+            list(self.tensors.values()), [now[name] for name in self.tensors], 1 - self.decay
+        )
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Give the average to another model of the same shape; tensors that are not floating stay."""
+        model.load_state_dict(self.tensors, strict=False)
+
+
+def _floating(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t for name, t in model.state_dict().items() if t.is_floating_point()}

@@ -118,11 +118,15 @@ def _spline_matrix(source_side: int, target_side: int) -> Tensor:
     return torch.from_numpy(spline_matrix(source_side, target_side))
 
 
-@torch.compiler.assume_constant_result  # numbers of the sizes alone: a compiler need not look inside
 def _spline_rows(source_side: int, target_side: int) -> list[list[float]]:
     # Lists, since torch 2.13 refuses a second constant tensor of the same function in one graph.
     rows: list[list[float]] = spline_matrix(source_side, target_side).tolist()
     return rows
+
+
+# Numbers of the sizes alone: a compiler need not look inside. What torch.compiler.assume_constant_result
+# sets, which to call would load the compiler, one to two seconds, with every `import beit`.
+_spline_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=64)

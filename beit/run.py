@@ -1,13 +1,13 @@
-"""The run folder: settings, metrics, checkpoints that survive anything, stop signals, progress.
+"""The run folder: settings, metrics, checkpoints that survive anything, and the frame of a loop.
 
     run.toml          the settings, resolved, with the command's name
     metrics.jsonl     one JSON object a logged step
-    checkpoints/      step-00000100/: model.safetensors, optimizer.safetensors, state.json
+    checkpoints/      step-00000100/: model, optimizer, ema .safetensors, state.json, SHA256SUMS
+    nonfinite/        the first batch whose loss or gradients were not finite, to look at
     config.json, model.safetensors, ...   the finished model, which -m/--model takes
 
-A command given the same folder and the same settings again goes on where it stopped. A checkpoint is
-written beside its place, flushed to the disk and renamed, so there is never half of one under a good
-name. Nothing is pickled.
+A command given the same folder and the same settings again goes on where it stopped. Over many
+processes the main one writes; all of them call everything.
 """
 
 from __future__ import annotations
@@ -16,20 +16,32 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from beit import distributed
 from beit.atomic import flush, write_atomically
+from beit.optim import EMA
+from beit.snapshots import (
+    drop,
+    load_snapshot,
+    snapshots,
+    verify_snapshot,
+    write_snapshot,
+    write_tensors,
+)
+from beit.stop import Stopped as Stopped
+from beit.stop import stop_signals as stop_signals
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,8 +51,11 @@ else:
 T = TypeVar("T")
 
 # Settings that change how a run is carried out, not what it computes: they may differ on resume.
-FREE_SETTINGS = {"out", "overwrite", "workers", "device", "log_every", "save_every", "quiet"}
-KEPT_CHECKPOINTS = 2
+FREE_SETTINGS = {
+    "out", "overwrite", "workers", "device", "log_every", "save_every", "quiet", "keep_last",
+    "keep_every", "device_batch_size", "shard", "gradient_checkpointing", "compile", "tensorboard",
+    "peak_tflops", "max_skipped",
+}  # fmt: skip
 
 
 class RunError(ValueError):
@@ -53,12 +68,65 @@ class CannotWrite(RunError):
     exit_code = 6
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has saved. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+class NotFinite(Exception):
+    """Training that does not stay finite, though it was rolled back."""
 
-    def __init__(self, exit_code: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    exit_code = 1
+
+
+@dataclasses.dataclass
+class Training:
+    """What a checkpoint holds: a model, its optimiser, its average, and how far they are."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None = None
+    ema: EMA | None = None
+    step: int = 0  # finished
+    skipped: int = 0  # updates that were left out, being not finite
+    in_a_row: int = 0  # of them, up to now
+    rolled_back: int = 0  # times
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All there is to save, by file."""
+        files = {"model.safetensors": dict(self.model.state_dict())}
+        if self.optimizer is not None:
+            files["optimizer.safetensors"] = optimizer_tensors(self.model, self.optimizer)
+        if self.ema is not None:
+            files["ema.safetensors"] = self.ema.tensors
+        return files
+
+    def counters(self) -> dict[str, int]:
+        """What state.json holds."""
+        return {key: getattr(self, key) for key in ("step", "skipped", "in_a_row", "rolled_back")}
+
+    def load(self, files: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, int]) -> None:
+        """Become what `tensors` and `counters` told."""
+        state = self.model.state_dict()
+        saved = files["model.safetensors"]
+        self.model.load_state_dict(
+            {
+                name: distributed.spread(t, state[name]) if name in state else t
+                for name, t in saved.items()
+            }
+        )
+        if self.ema is not None:
+            for name, average in self.ema.tensors.items():
+                average.copy_(distributed.spread(files["ema.safetensors"][name], average))
+        if self.optimizer is not None:
+            load_optimizer_tensors(self.model, self.optimizer, files["optimizer.safetensors"])
+        for key in self.counters():
+            setattr(self, key, counters[key])
+
+    def is_finite_here(self) -> bool:
+        """Whether every number that this process holds is finite."""
+        tensors = [distributed.local(t) for file in self.tensors().values() for t in file.values()]
+        parts = [t for t in tensors if t.is_floating_point() and t.numel()]
+        largest = torch._foreach_norm(parts, float("inf"))
+        return bool(torch.stack([norm.float().cpu() for norm in largest]).isfinite().all())
+
+    def is_finite(self) -> bool:
+        """Whether every number of all processes is finite."""
+        return not distributed.highest(torch.tensor(float(not self.is_finite_here()))).item()
 
 
 class Run:
@@ -73,17 +141,28 @@ class Run:
         self.metrics_file = self.out / "metrics.jsonl"
         self.checkpoints = self.out / "checkpoints"
         self.latest = ""  # the last logged numbers, for people
+        self._pace = _Pace()
+        self._board: Any = None
+        distributed.on_main(lambda: self._open(settings, overwrite))
+
+    def _open(self, settings: Any, overwrite: bool) -> None:
         described = describe_settings(settings)
+        file = self.out / "run.toml"
         try:
-            if overwrite and (self.out / "run.toml").exists():
-                shutil.rmtree(self.out)
-            if self.out.exists() and any(self.out.iterdir()):
+            if overwrite and file.exists():
+                for path in self.out.iterdir():  # the settings last, so that half of it is still a run
+                    if path != file:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                file.unlink()
+            self.out.mkdir(parents=True, exist_ok=True)
+            # A process killed while it wrote its settings leaves a part of them beside.
+            if any(not path.name.startswith(".run.toml.") for path in self.out.iterdir()):
                 paths = {key for key, value in vars(settings).items() if isinstance(value, Path)}
                 self._check_same(described, paths)
             else:
-                self.checkpoints.mkdir(parents=True, exist_ok=True)
-                write_atomically(self.out / "run.toml", to_toml(described).encode())
-        except (PermissionError, NotADirectoryError, OSError) as error:
+                write_atomically(file, to_toml(described).encode())
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
             raise CannotWrite(f"cannot write the run folder {self.out}: {error}") from error
 
     def _check_same(self, described: dict[str, Any], paths: set[str]) -> None:
@@ -116,11 +195,24 @@ class Run:
     # --- metrics -------------------------------------------------------------------------------
 
     def log(self, step: int, **values: float | int | str | None) -> None:
-        """Append one JSON line. Numbers are rounded to six digits; what is not finite becomes null."""
+        """Append one JSON line. Numbers are rounded to six digits; what is not finite becomes null.
+
+        In a loop that told `steps` its batch size, images_per_second, data_wait_percent, mfu_percent,
+        memory_mib and skipped (updates that were not finite, so far) are added.
+        """
+        values = {**values, **self._pace.read()}
+        if not distributed.is_main():
+            return
         line = {"step": step, **{k: _short(v) for k, v in values.items()}}
         self.latest = ", ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float))
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise CannotWrite(f"cannot write {self.metrics_file}: {error}") from error
+        for key, value in line.items() if self._board else ():
+            if isinstance(value, float):
+                self._board.add_scalar(key, value, step)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All logged lines; one broken by a crash is left out."""
@@ -128,50 +220,59 @@ class Run:
 
     # --- checkpoints ---------------------------------------------------------------------------
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Write a checkpoint of `step` finished steps and drop all but the newest two."""
-        final = self.checkpoints / f"step-{step:08d}"
-        beside = self.checkpoints / f".writing-{os.getpid()}"
-        for left in self.checkpoints.glob(".writing-*"):  # by a save that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        beside.mkdir(parents=True)
-        save_file(_contiguous(model.state_dict()), beside / "model.safetensors")
-        if optimizer is not None:
-            save_file(optimizer_tensors(model, optimizer), beside / "optimizer.safetensors")
-        (beside / "state.json").write_text(json.dumps({"step": step}))
-        for file in beside.iterdir():
-            flush(file)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(beside, final)
-        flush(self.checkpoints)
-        for old in self._steps()[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+    def save(self, training: Training, keep_last: int = 2, keep_every: int = 0) -> None:
+        """Write a checkpoint; drop all but the newest few and those of every so many steps."""
+        files = {name: distributed.gathered(t) for name, t in training.tensors().items()}
+        distributed.on_main(lambda: self._write(training, files, keep_last, keep_every))
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-        """Load the newest readable checkpoint; returns its step, 0 where there is none.
+    def _write(
+        self,
+        training: Training,
+        files: Mapping[str, Mapping[str, Tensor]],
+        keep_last: int,
+        keep_every: int,
+    ) -> None:
+        folder = self.checkpoints / f"step-{training.step:08d}"
+        try:
+            if self.metrics_file.exists():
+                flush(self.metrics_file)
+            write_snapshot(folder, files, training.counters())
+            for old in snapshots(self.checkpoints)[:-keep_last]:
+                if not (keep_every and step_of(old) % keep_every == 0):
+                    drop(old)
+        except OSError as error:
+            kept = [step_of(folder) for folder in snapshots(self.checkpoints)]
+            raise CannotWrite(
+                f"cannot write the checkpoint {folder}: {error.strerror or error}. "
+                f"Make room there, then give the same command to go on from step {max(kept, default=0)}"
+            ) from error
 
-        Metrics logged after it are dropped: they will be logged again.
+    def resume(self, training: Training) -> None:
+        """Load the newest checkpoint whose sums are right; without one, all stays as it is.
+
+        Metrics logged after it are dropped: they will be logged again. What cannot be read is renamed
+        to unreadable-step-..., so that it never counts as one again.
         """
-        for folder in reversed(self._steps()):
+        newest = distributed.on_main(self._newest)
+        if newest is not None:
+            training.load(*load_snapshot(newest))
+        distributed.on_main(lambda: self._forget_metrics_after(training.step))
+
+    def _newest(self) -> Path | None:
+        for folder in reversed(snapshots(self.checkpoints)):
             try:
-                step = int(json.loads((folder / "state.json").read_text())["step"])
-                tensors = load_file(folder / "model.safetensors")
-                moments = load_file(folder / "optimizer.safetensors") if optimizer else {}
+                verify_snapshot(folder)
+                return folder
             except Exception as error:  # whatever a torn disk gives, an older one is the answer
                 print(f"checkpoint {folder} cannot be read ({error}); trying older", file=sys.stderr)
-                continue
-            model.load_state_dict(tensors)
-            if optimizer is not None:
-                load_optimizer_tensors(model, optimizer, moments)
-            kept = [line for line in self.read_metrics() if line["step"] <= step]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_atomically(self.metrics_file, text.encode())
-            return step
-        write_atomically(self.metrics_file, b"")
-        return 0
+                aside = folder.with_name(f"unreadable-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(folder, aside)
+        return None
 
-    def _steps(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("step-*"))
+    def _forget_metrics_after(self, step: int) -> None:
+        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        write_atomically(self.metrics_file, "".join(json.dumps(k) + "\n" for k in kept).encode())
 
     # --- the loop's frame ----------------------------------------------------------------------
 
@@ -183,35 +284,293 @@ class Run:
         batches: Callable[[range], Iterable[T]],
         save_every: int,
         seed: int,
+        *,
+        ema: EMA | None = None,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        max_skipped: int = 10,
+        batch_size: int = 0,
+        flops_per_image: float = 0.0,
+        peak_flops: float = 0.0,
+        tensorboard: bool = False,
     ) -> Iterator[tuple[int, T]]:
         """Yield (step, batch) from the last checkpoint on; between steps save, show progress, stop.
 
+        model: as it is named in checkpoints: inside DDP's wrapper, or sharded itself.
         batches: gives the batches of a range of steps. Each step starts from torch's seed for that
-        step, so a resumed run draws what an unbroken one draws. Raises Stopped, having saved, where
-        SIGINT or SIGTERM asked for it.
+        step, so a resumed run draws what an unbroken one draws.
+        ema: averaged after each of the optimiser's steps, and saved.
+        keep_last, keep_every: the newest checkpoints that stay, and those of every so many steps.
+        max_skipped: updates in a row that `optim.update` may leave out. Then, or where a checkpoint
+        would not be finite, the run goes back to the last one; the second time it raises NotFinite.
+        batch_size, flops_per_image, peak_flops: pictures a step and FLOPs a picture over all processes,
+        FLOP/s of one: for the numbers that `log` adds. tensorboard: log there too.
+
+        Raises Stopped, having saved, where a stop signal asked for it; a step of more than 5 s is left
+        to another thread's saving, and the process ends. CannotWrite where the disk is full.
         """
-        start = self.resume(model, optimizer)
+        training = Training(model, optimizer, ema)
+        self.resume(training)
+        if tensorboard and distributed.is_main():
+            self._board = open_board(self.out / "tensorboard", training.step)
         name = self.out.name
-        if start:
-            print(f"{name}: going on from step {start} of {total}", file=sys.stderr)
-        with stop_signals() as stop, Progress(name, total) as progress:
-            for step, batch in enumerate(batches(range(start, total)), start):
-                torch.manual_seed(step_seed(seed, step))
-                yield step, batch
-                done = step + 1
-                progress.update(done, self.latest)
-                if stop or done % save_every == 0 or done == total:
-                    self.save(done, model, optimizer)
-                if stop and done < total:
-                    raise Stopped(
-                        stop.exit_code,
-                        f"stopped and saved at step {done} of {total}; give the same command to go on",
-                    )
+        if training.step:
+            distributed.say(f"{name}: going on from step {training.step} of {total}")
+        frame = _Frame(training, next(model.parameters()).device)
+        back_to = -1  # the checkpoint that was gone back to
+        self._pace = _Pace(batch_size, flops_per_image, peak_flops * distributed.size(), training)
+        progress = Progress(name, total, quiet=not distributed.is_main())
+
+        def rescue() -> bool:
+            with frame.lock:
+                if frame.leaving:
+                    return False
+                what = f"stopped; step {training.step} of {total} could not be saved"
+                sharded = any(map(distributed.is_sharded, model.parameters()))
+                if not distributed.is_main():
+                    time.sleep(4)  # while the main process saves
+                elif training.is_finite_here() and not sharded:
+                    files = training.tensors()
+                    files["model.safetensors"] |= frame.buffers
+                    self._write(training, files, keep_last, keep_every)
+                    what = stopped_at(training.step, total)
+                progress.close()
+                distributed.say(f"beit: {what}")
+            return True
+
+        ahead = iter(batches(range(training.step, total)))
+        try:
+            with stop_signals(rescue) as stop, progress, frame:
+                while training.step < total:
+                    step = training.step
+                    with self._pace.waiting():
+                        batch = next(ahead)
+                    torch.manual_seed(step_seed(seed, step, distributed.rank()))
+                    yield step, batch
+                    training.step = step + 1
+                    progress.update(training.step, self.latest)
+                    saving = training.step % save_every == 0 or training.step == total
+                    stopping, bad = frame.agree(bool(stop), (step, batch), wait=saving)
+                    if bad is not None:
+                        self._capture(training, bad[0], bad[1], seed)
+                    saving = saving or stopping
+                    if training.in_a_row >= max_skipped or (saving and not training.is_finite()):
+                        back_to = self._roll_back(training, back_to)
+                        close(ahead)
+                        ahead = iter(batches(range(training.step, total)))
+                    elif saving:
+                        with frame.lock:
+                            frame.leaving = stopping
+                            self.save(training, keep_last, keep_every)
+                    if stopping:
+                        raise Stopped(stop.exit_code or 143, stopped_at(training.step, total))
+        finally:
+            close(ahead)
+
+    def _roll_back(self, training: Training, back_to: int) -> int:
+        """Load the last checkpoint, unless that has been tried; returns its step."""
+        newest = distributed.on_main(self._newest)
+        step = -1 if newest is None else step_of(newest)
+        why = f"{training.in_a_row} updates in a row were not finite"
+        if not training.in_a_row:
+            why = "weights or moments are not finite"
+        if step in (-1, back_to):
+            tried = (
+                "there is no checkpoint to go back to" if step < 0 else f"so they were from step {step}"
+            )
+            raise NotFinite(
+                f"{self.out}: {why} at step {training.step}, and {tried}. "
+                f"The first such batch is in {self.out / 'nonfinite'}. Begin again in another --out with "
+                "a lower --lr, a --clip-grad-norm, or --precision fp32"
+            )
+        distributed.say(f"{self.out.name}: {why} at step {training.step}; going back to step {step}")
+        times = training.rolled_back + 1
+        self.resume(training)
+        training.rolled_back, training.in_a_row = times, 0
+        return step
+
+    def _capture(self, training: Training, step: int, batch: Any, seed: int) -> None:
+        """Keep a batch and the weights that met it, once a process."""
+        weights = distributed.gathered(dict(training.model.state_dict()))
+        folder = self.out / "nonfinite" / f"step-{step:08d}"
+        tensors: dict[str, Tensor] = {}
+        rest: dict[str, Any] = {}
+        for name, value in leaves(batch):
+            if isinstance(value, (np.ndarray, Tensor)):
+                tensors[name] = torch.as_tensor(value)
+            else:
+                rest[name] = value
+        rank = distributed.rank()
+        told = {"step": step, "torch_seed": step_seed(seed, step, rank), "rank": rank, "batch": rest}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(folder / f"batch-{rank}.safetensors", tensors)
+            (folder / f"batch-{rank}.json").write_text(json.dumps(told, default=str))
+            if distributed.is_main():
+                write_tensors(folder / "model.safetensors", weights)
+        except OSError as error:
+            print(f"{folder} could not be written: {error}", file=sys.stderr)
+        distributed.say(f"{self.out.name}: step {step} is not finite and moved nothing; see {folder}")
 
 
-def step_seed(seed: int, step: int) -> int:
+class _Frame:
+    """Watches the optimiser of a loop: when weights may be read, and which updates were left out."""
+
+    def __init__(self, training: Training, device: torch.device) -> None:
+        self.training, self.device = training, device
+        self.lock = threading.Lock()  # held while weights change or are saved
+        self.leaving = False
+        self.captured = False
+        self.buffers: dict[str, Tensor] = {}  # of the last finished step; a forward pass may change them
+        self.skipped = torch.zeros((), device=device)
+        self.waiting: deque[tuple[Any, Tensor, torch.cuda.Event | None]] = deque()
+        parameters = {name for name, _ in training.model.named_parameters()}
+        self.buffer_names = training.model.state_dict().keys() - parameters
+
+    def __enter__(self) -> _Frame:
+        assert self.training.optimizer is not None
+        self._keep_buffers()
+        self.hooks = [
+            self.training.optimizer.register_step_pre_hook(self._before),
+            self.training.optimizer.register_step_post_hook(self._after),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _before(self, *_: object) -> None:
+        self.lock.acquire()
+
+    def _after(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self.skipped = getattr(optimizer, "found_inf", torch.zeros((), device=self.device))
+        if self.training.ema is not None:
+            self.training.ema.update(self.training.model)
+        self._keep_buffers()
+        self.training.step += 1
+        self.lock.release()
+
+    def _keep_buffers(self) -> None:
+        if self.buffer_names:
+            buffers = dict(self.training.model.named_buffers())
+            self.buffers = {name: buffers[name].clone() for name in self.buffer_names}
+
+    def agree(self, stop: bool, what: T, wait: bool) -> tuple[bool, T | None]:
+        """Whether any process wants to stop; and the first step that was left out, once.
+
+        On a GPU the answer is that of the step before, which is there already, unless `wait`.
+        """
+        flags = torch.stack([torch.full((), float(stop), device=self.device), self.skipped])
+        flags = distributed.highest(flags).to("cpu", non_blocking=True)
+        event = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        self.waiting.append((what, flags, event))
+        stopping, bad = False, None
+        while len(self.waiting) > (event is not None and not (wait or stopping)):
+            what, flags, event = self.waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            asked, skipped = flags.tolist()
+            stopping = stopping or bool(asked)
+            self.training.skipped += int(skipped)
+            self.training.in_a_row = self.training.in_a_row + 1 if skipped else 0
+            if skipped and not self.captured:
+                self.captured, bad = True, what
+        return stopping, bad
+
+
+class _Pace:
+    """What passed between two logged lines."""
+
+    def __init__(
+        self,
+        batch_size: int = 0,
+        flops_per_image: float = 0.0,
+        peak_flops: float = 0.0,
+        training: Training | None = None,
+    ) -> None:
+        self.batch_size, self.training = batch_size, training
+        self.share = flops_per_image / peak_flops if peak_flops else 0.0
+        self.began, self.waited, self.taken = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time that the loop waits for a batch."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+        self.taken += 1
+
+    def read(self) -> dict[str, float | int]:
+        """The numbers since the last time."""
+        if self.training is None or not self.batch_size:
+            return {}
+        seconds = time.perf_counter() - self.began
+        rate = self.taken * self.batch_size / seconds
+        values = {"images_per_second": rate, "data_wait_percent": 100 * self.waited / seconds}
+        if self.share:
+            values["mfu_percent"] = 100 * rate * self.share
+        values["memory_mib"] = peak_memory_mib(next(self.training.model.parameters()).device)
+        self.began, self.waited, self.taken = time.perf_counter(), 0.0, 0
+        return {**values, "skipped": self.training.skipped}
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory used so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def open_board(folder: Path, step: int) -> Any:
+    """A TensorBoard writer; what it holds of steps after `step` is forgotten."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError('TensorBoard is not installed; pip install "beit[tensorboard]"') from None
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.split("-")[1])
+
+
+def stopped_at(step: int, total: int) -> str:
+    """What is said at the end of a run that was asked to stop."""
+    return f"stopped and saved at step {step} of {total}; give the same command to go on"
+
+
+def close(iterator: Iterator[Any]) -> None:
+    """End a generator, and the workers in it."""
+    if isinstance(iterator, Generator):
+        iterator.close()
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The parts of a batch that are not collections, with names such as `masks` or `views.0`."""
+    if hasattr(value, "_asdict"):  # a NamedTuple
+        value = value._asdict()
+    if isinstance(value, dict):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        yield name or "batch", value
+        return
+    for key, part in items:
+        yield from leaves(part, f"{name}.{key}" if name else str(key))
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """Torch's seed of a step. Mixed, since torch on a CPU looks at the lower 32 bits alone."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -229,7 +588,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """The optimiser's state by parameter name: `exp_avg.blocks.0...`."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {
-        f"{key}.{names[id(parameter)]}": value.detach().clone().contiguous()
+        f"{key}.{names[id(parameter)]}": value.detach()
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if isinstance(value, Tensor)
@@ -237,20 +596,19 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
     """Give an optimiser the state that `optimizer_tensors` took from one of the same model."""
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         key, name = full_name.split(".", 1)
-        # A fused AdamW counts its steps beside the parameter, any other on the CPU.
-        beside = value.ndim or optimizer.defaults.get("fused")
-        device = parameters[name].device if beside else "cpu"
-        optimizer.state[parameters[name]][key] = value.to(device)
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        parameter = parameters[name]
+        if key == "step":  # a fused AdamW counts beside the parameter, any other on the CPU
+            value = value.to(parameter.device if optimizer.defaults.get("fused") else "cpu")
+        else:  # in the parameter's own strides, which a fused step takes for granted
+            whole = distributed.spread(value, parameter)
+            value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(whole)
+        optimizer.state[parameter][key] = value
 
 
 def _short(value: float | int | str | None) -> float | int | str | None:
@@ -289,40 +647,7 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-# --- stopping and progress -------------------------------------------------------------------------
-
-
-class StopRequest:
-    """Whether SIGINT or SIGTERM came. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.exit_code = 0
-
-    def __bool__(self) -> bool:
-        return self.exit_code != 0
-
-    def receive(self, number: int, _frame: object) -> None:
-        """The handler of the signals."""
-        if self.exit_code:
-            raise KeyboardInterrupt
-        self.exit_code = 128 + number
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request that the loop reads at its next step."""
-    request = StopRequest()
-    watched = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = {number: signal.signal(number, request.receive) for number in watched}
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield request
-        return
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+# --- progress --------------------------------------------------------------------------------------
 
 
 class Progress:

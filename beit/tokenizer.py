@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,6 +61,65 @@ def check_view(images: Tensor, stride: int) -> None:
             )
 
 
+# --- A codebook that is a moving average -----------------------------------------------------------
+
+
+def nearest_codes(codes: Tensor, directions: Tensor) -> Tensor:
+    """Ids (...) of the nearest codes (V, K) of unit vectors (..., K): the largest cosine.
+
+    In float32 whatever the precision of the run: neighbouring codes differ by less than bf16 can
+    tell, and under autocast two thirds of the tokens went to another code.
+    """
+    with torch.autocast(directions.device.type, enabled=False):
+        return (directions.float() @ codes.T).argmax(dim=-1)
+
+
+@torch.no_grad()
+def update_codes(codes: Tensor, directions: Tensor, token_ids: Tensor, decay: float) -> Tensor:
+    """Turn each used code (V, K), in place, towards the mean of what took it on any rank.
+
+    directions: (n, K) unit vectors of this rank; token_ids: (n,) what they took.
+    Returns the counts (V,) over all ranks.
+    """
+    sums = torch.zeros_like(codes).index_add_(0, token_ids, directions)
+    counts = torch.bincount(token_ids, minlength=len(codes))
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+        dist.all_reduce(counts)
+    moved = F.normalize(decay * codes + (1 - decay) * F.normalize(sums, dim=-1), dim=-1)
+    # A batch that is not finite moves nothing.
+    codes.copy_(torch.where((counts > 0)[:, None] & moved.isfinite(), moved, codes))
+    return counts
+
+
+@torch.no_grad()
+def revive_codes(
+    codes: Tensor, unused_steps: Tensor, counts: Tensor, directions: Tensor, after: int
+) -> None:
+    """Put codes (V, K) that nothing took for `after` steps where something is; 0 never does.
+
+    unused_steps: (V,) int64, counted here. counts: (V,) of this step. directions: (n, K).
+    """
+    unused_steps.copy_(torch.where(counts > 0, 0, unused_steps + 1))
+    if after:
+        idle = torch.nonzero(unused_steps >= after).flatten()[: len(directions)]
+        places = pick_directions(directions, len(idle))
+        codes[idle] = torch.where(places.isfinite(), places, codes[idle])
+        unused_steps[idle] = 0
+
+
+def pick_directions(directions: Tensor, count: int) -> Tensor:
+    """`count` random rows of (n, K), some twice if there are not so many; rank 0's on every rank."""
+    n, device = len(directions), directions.device
+    rows = torch.randperm(n, device=device)[:count]
+    if count > n:
+        rows = torch.randint(n, (count,), device=device)
+    picked = directions[rows]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(picked, src=0)
+    return picked
+
+
 # --- OpenAI's dVAE --------------------------------------------------------------------------------
 
 LOGIT_LAPLACE_EPS = 0.1
@@ -92,11 +152,13 @@ class DalleConv2d(nn.Module):
     def __init__(self, n_in: int, n_out: int, kernel: int) -> None:
         super().__init__()
         assert kernel % 2 == 1, f"kernel {kernel} must be odd to keep the size"
+        self.dtype = torch.float32  # what it computes in; the weights stay as they are
         self.w = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel) / (n_in * kernel**2) ** 0.5)
         self.b = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+        x, w, b = x.to(self.dtype), self.w.to(self.dtype), self.b.to(self.dtype)
+        return F.conv2d(x, w, b, padding=self.w.shape[-1] // 2)
 
 
 class DalleBlock(nn.Module):
@@ -177,7 +239,7 @@ class DalleDecoder(nn.Module):
 
 
 class DalleTokenizer(nn.Module):
-    """The dVAE of DALL-E, in float32 (the original runs most convolutions in fp16 on a GPU).
+    """The dVAE of DALL-E, in float32 unless `use_float16` was called.
 
     The decoder is only needed to see tokens as a picture.
     """
@@ -187,6 +249,15 @@ class DalleTokenizer(nn.Module):
         self.config = config
         self.encoder = DalleEncoder(config)
         self.decoder = DalleDecoder(config) if with_decoder else None
+
+    def use_float16(self, on: bool = True) -> DalleTokenizer:
+        """Compute as the original does on a GPU: every convolution in fp16, and what passes between
+        them, but for the encoder's last and the decoder's first. Weights stay float32."""
+        in_float32 = {"encoder.blocks.output.conv", "decoder.blocks.input"}
+        for name, module in self.named_modules():
+            if isinstance(module, DalleConv2d):
+                module.dtype = torch.float16 if on and name not in in_float32 else torch.float32
+        return self
 
     @property
     def vocab_size(self) -> int:
@@ -216,7 +287,7 @@ class DalleTokenizer(nn.Module):
         if self.decoder is None:
             raise ValueError("this tokenizer was loaded without its decoder, so it cannot draw tokens")
         one_hot = F.one_hot(token_ids, self.vocab_size).permute(0, 3, 1, 2).float()
-        return unmap_pixels(self.decoder(one_hot)[:, :3].sigmoid())
+        return unmap_pixels(self.decoder(one_hot)[:, :3].float().sigmoid())
 
 
 # --- Our own --------------------------------------------------------------------------------------
@@ -251,6 +322,11 @@ class DiscreteVAEOutput(NamedTuple):
     loss: Tensor  # scalar: mean squared error of pixels in [0, 1]
     reconstruction: Tensor  # (B, 3, H, W), about [0, 1]
     token_ids: Tensor  # (B, h, w)
+
+    @property
+    def error(self) -> Tensor:
+        """What a run is judged by: the loss."""
+        return self.loss
 
 
 class ResBlock(nn.Module):
@@ -368,30 +444,14 @@ class DiscreteVAE(nn.Module):
         return F.normalize(z.float().permute(0, 2, 3, 1), dim=-1)
 
     def nearest(self, directions: Tensor) -> Tensor:
-        """Ids (...) of the nearest codes of unit vectors (..., K): the largest cosine.
+        """Ids (...) of the nearest codes of unit vectors (..., K)."""
+        return nearest_codes(self.codebook.weight, directions)
 
-        In float32 whatever the precision of the run: neighbouring codes differ by less than bf16 can
-        tell, and under autocast two thirds of the tokens went to another code.
-        """
-        with torch.autocast(directions.device.type, enabled=False):
-            return (directions @ self.codebook.weight.T).argmax(dim=-1)
-
-    @torch.no_grad()
     def update_codebook(self, directions: Tensor, token_ids: Tensor) -> None:
         """Move used codes towards what they were given; put idle ones where something is.
 
         directions: (n, K) unit vectors; token_ids: (n,) what they took.
         """
-        codebook = self.codebook.weight
-        sums = torch.zeros_like(codebook).index_add_(0, token_ids, directions)
-        used = torch.bincount(token_ids, minlength=self.vocab_size) > 0
-        decay = self.config.codebook_decay
-        moved = F.normalize(decay * codebook + (1 - decay) * F.normalize(sums, dim=-1), dim=-1)
-        codebook.copy_(torch.where(used[:, None], moved, codebook))
-        self.unused_steps.copy_(torch.where(used, 0, self.unused_steps + 1))
-        if self.config.revive_after_steps:
-            idle = torch.nonzero(self.unused_steps >= self.config.revive_after_steps).flatten()
-            idle = idle[: len(directions)]
-            places = torch.randperm(len(directions), device=directions.device)[: len(idle)]
-            codebook[idle] = directions[places]
-            self.unused_steps[idle] = 0
+        codes = self.codebook.weight
+        counts = update_codes(codes, directions, token_ids, self.config.codebook_decay)
+        revive_codes(codes, self.unused_steps, counts, directions, self.config.revive_after_steps)

@@ -1,10 +1,13 @@
 """VQ-KD, the tokenizer of BEiT v2: a ViT whose patches are quantised to what a teacher would say of them.
 
 Unlike a dVAE it is not trained to give the picture back but the teacher's features (CLIP's, DINO's), so
-its tokens name things, not colours; it cannot draw. Reading and encoding are here, with the published
-parameter names; its training is not yet.
+its tokens name things, not colours; it cannot draw. Parameter names are the published ones. The
+codebook is a moving average, begun by k-means on the first batch, of what all ranks give it.
 
-Shapes: B batch, (h, w) token grid = patch grid, V codes of width K, D width, T width of the teacher.
+A teacher is any function of pictures (B, 3, H, W) in [0, 1] to features (B, L, T), one row a token.
+
+Shapes: B batch, (h, w) token grid = patch grid, L = h*w, V codes of width K, D width, T width of the
+teacher.
 
 Peng et al.: BEiT v2, arXiv 2208.06366.
 """
@@ -12,13 +15,16 @@ Peng et al.: BEiT v2, arXiv 2208.06366.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.model import BeitConfig, BeitForImageClassification
-from beit.tokenizer import check_view
+from beit.tokenizer import check_view, nearest_codes, pick_directions, revive_codes, update_codes
+
+KMEANS_ITERATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,14 @@ class VQKDConfig:
     code_dim: int = 32
     teacher_dim: int = 512  # 512 CLIP, 768 DINO
     layer_norm_eps: float = 1e-6
+    codebook_decay: float = 0.99  # of the moving average that is the codebook
+    revive_after_steps: int = 0  # ours: a code unused this long takes a fresh place; 0 never
 
 
 class EmbeddingEMA(nn.Module):
     """The codebook, unit vectors, with the statistics of the moving average that makes it."""
+
+    initted: Tensor
 
     def __init__(self, vocab_size: int, code_dim: int) -> None:
         super().__init__()
@@ -49,18 +59,72 @@ class EmbeddingEMA(nn.Module):
         self.register_buffer("initted", torch.zeros(1))
 
 
+class Quantised(NamedTuple):
+    """What became of the encoder's outputs (..., K)."""
+
+    codes: Tensor  # (..., K), whose gradient goes straight through to the encoder
+    token_ids: Tensor  # (...)
+    commitment: Tensor  # scalar: mean squared error to the code, over all elements
+
+
 class NormEMAVectorQuantizer(nn.Module):
-    """Nearest code on the unit sphere: (..., K) -> ids (...)."""
+    """Nearest code on the unit sphere. In training mode each step moves the codebook, as a batch norm
+    moves its statistics; in float32 also under autocast."""
 
-    def __init__(self, vocab_size: int, code_dim: int) -> None:
+    cluster_size: Tensor
+    unused_steps: Tensor
+
+    def __init__(self, config: VQKDConfig) -> None:
         super().__init__()
-        self.embedding = EmbeddingEMA(vocab_size, code_dim)
-        self.register_buffer("cluster_size", torch.zeros(vocab_size))
+        self.decay, self.revive_after_steps = config.codebook_decay, config.revive_after_steps
+        self.embedding = EmbeddingEMA(config.vocab_size, config.code_dim)
+        self.register_buffer("cluster_size", torch.zeros(config.vocab_size))  # average use a step
+        if self.revive_after_steps:  # a published file has no such buffer
+            self.register_buffer("unused_steps", torch.zeros(config.vocab_size, dtype=torch.int64))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor) -> Quantised:
+        """(..., K) -> codes, ids, commitment. The codes are those before the step moves them."""
+        directions = F.normalize(z.float(), dim=-1)
+        if self.training and not self.embedding.initted:
+            self.begin(directions.detach().flatten(0, -2))
+        token_ids = nearest_codes(self.embedding.weight, directions)
+        codes = self.embedding.weight[token_ids]
+        if self.training:
+            self.update(directions.detach().flatten(0, -2), token_ids.flatten())
+        commitment = F.mse_loss(directions, codes)
+        return Quantised(directions + (codes - directions).detach(), token_ids, commitment)
+
+    @torch.no_grad()
+    def begin(self, directions: Tensor) -> None:
+        """Make the codebook by k-means of unit vectors (n, K), by cosine, over all ranks."""
         codes = self.embedding.weight
-        distance = 1 + codes.square().sum(dim=-1) - 2 * F.normalize(z.float(), dim=-1) @ codes.T
-        return distance.argmin(dim=-1)
+        codes.copy_(pick_directions(directions, len(codes)))
+        for _ in range(KMEANS_ITERATIONS):
+            counts = update_codes(codes, directions, nearest_codes(codes, directions), decay=0)
+        self.embedding.cluster_size.copy_(counts)
+        self.embedding.initted.fill_(1)
+
+    @torch.no_grad()
+    def update(self, directions: Tensor, token_ids: Tensor) -> None:
+        """Move used codes towards what took them; directions (n, K), token_ids (n,)."""
+        codes = self.embedding.weight
+        counts = update_codes(codes, directions, token_ids, self.decay)
+        self.count(counts)
+        if self.revive_after_steps:
+            revive_codes(codes, self.unused_steps, counts, directions, self.revive_after_steps)
+
+    @torch.no_grad()
+    def count(self, counts: Tensor) -> None:
+        """Take a step's counts (V,) into the average use of each code."""
+        self.cluster_size.lerp_(counts.to(self.cluster_size), 1 - self.decay)
+
+
+class VQKDOutput(NamedTuple):
+    """A training step's view of a batch."""
+
+    loss: Tensor  # scalar: commitment and `error`
+    error: Tensor  # scalar: 1 - cosine of what was said to what the teacher says, mean over tokens
+    token_ids: Tensor  # (B, h, w)
 
 
 class VQKD(nn.Module):
@@ -91,7 +155,7 @@ class VQKD(nn.Module):
         width = config.embed_dim
         self.encoder = BeitForImageClassification(on_pictures)
         self.decoder = BeitForImageClassification(on_codes)
-        self.quantize = NormEMAVectorQuantizer(config.vocab_size, config.code_dim)
+        self.quantize = NormEMAVectorQuantizer(config)
         self.encode_task_layer = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.code_dim)
         )
@@ -115,27 +179,55 @@ class VQKD(nn.Module):
     def can_draw(self) -> bool:
         return False
 
+    def forward(self, images: Tensor, target: Tensor) -> VQKDOutput:
+        """Encode, quantise, decode, compare.
+
+        images: (B, 3, H, W) in [0, 1]. target: (B, L, T), the teacher's features of them.
+        """
+        check_view(images, self.stride)
+        codes, token_ids, commitment = self.quantize(self.project(images))
+        grid = self.encoder.grid_of(images)
+        said = self.say(codes.unflatten(1, grid))
+        error = (1 - F.cosine_similarity(said.float(), target.float(), dim=-1)).mean()
+        return VQKDOutput(commitment + error, error, token_ids.unflatten(1, grid))
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Token ids (B, h, w) of pictures (B, 3, H, W) in [0, 1]."""
         check_view(images, self.stride)
-        return self.quantize(self.project(images)).unflatten(1, self.encoder.grid_of(images))
+        directions = F.normalize(self.project(images), dim=-1)
+        token_ids = nearest_codes(self.quantize.embedding.weight, directions)
+        return token_ids.unflatten(1, self.encoder.grid_of(images))
 
     def project(self, images: Tensor) -> Tensor:
-        """Pictures in [0, 1] -> what is quantised, (B, L, K)."""
-        return self.encode_task_layer(patch_tokens(self.encoder, 2 * images - 1))
+        """Pictures in [0, 1] -> what is quantised, (B, L, K) float32, also under autocast."""
+        tokens = patch_tokens(self.encoder, 2 * images - 1)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.encode_task_layer(tokens.float())
+
+    def say(self, codes: Tensor) -> Tensor:
+        """Codes (B, h, w, K) -> what the teacher would say of each patch, (B, L, T)."""
+        return self.decode_task_layer(patch_tokens(self.decoder, codes.permute(0, 3, 1, 2)))
 
     @torch.no_grad()
     def decode_features(self, token_ids: Tensor) -> Tensor:
         """Token ids (B, h, w) -> what the teacher would say of each patch, (B, L, T)."""
-        codes = self.quantize.embedding.weight[token_ids].permute(0, 3, 1, 2)  # (B, K, h, w)
-        return self.decode_task_layer(patch_tokens(self.decoder, codes))
+        return self.say(self.quantize.embedding.weight[token_ids])
 
     def decode(self, token_ids: Tensor) -> Tensor:
         """There is no picture to give: these tokens stand for a teacher's features."""
         raise ValueError(
             "a VQ-KD tokenizer cannot draw; decode_features gives what its tokens stand for"
         )
+
+
+def patch_pixels(images: Tensor, patch_size: int) -> Tensor:
+    """A teacher for those who have none: the pixels of each patch, (B, L, 3 * patch_size^2).
+
+    images: (B, 3, H, W) in [0, 1]; 0.45 and 0.27 are the mean and the deviation of photographs, so that
+    the cosine of two patches tells their colours as well as their edges.
+    """
+    return F.pixel_unshuffle((images.float() - 0.45) / 0.27, patch_size).flatten(2).transpose(1, 2)
 
 
 def patch_tokens(vit: BeitForImageClassification, images: Tensor) -> Tensor:

@@ -102,3 +102,27 @@ def beit_process() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return call
+
+
+@pytest.fixture
+def real_weights() -> Callable[[str], Path]:
+    """A released file by its name; the test is skipped where $BEIT_WEIGHTS has it not."""
+
+    def find(name: str) -> Path:
+        file = Path(os.environ.get("BEIT_WEIGHTS", "")) / name
+        if not os.environ.get("BEIT_WEIGHTS") or not file.is_file():
+            pytest.skip(NO_WEIGHTS)
+        return file
+
+    return find
+
+
+NO_WEIGHTS = "no weights in $BEIT_WEIGHTS"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the released files would have shown is not passed over in silence."""
+    skipped = terminalreporter.getreports("skipped")
+    count = sum(NO_WEIGHTS in str(report.longrepr) for report in skipped)
+    if count:
+        terminalreporter.write_line(f"not run: {NO_WEIGHTS} ({count} tests of released files)")

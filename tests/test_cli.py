@@ -15,9 +15,15 @@ from conftest import Cli
 
 import beit.cli
 from beit.checkpoints import CheckpointError
-from beit.cli import COMMANDS, app, exit_code
+from beit.cli import COMMANDS, app, exit_code, start_from
 from beit.image import BadImage
+from beit.recipes import FOLDER
 from beit.run import CannotWrite, RunError, Stopped
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PACKAGE = Path(beit.cli.__file__).parent
 
@@ -130,7 +136,7 @@ def test_a_process_answers_as_well(beit_process: object) -> None:
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
-        (("clasify", "cat.jpg"), 'Did you mean "classify"'),
+        (("clasify", "cat.jpg"), "did you mean classify"),
         (("train_tokeniser",), "train-tokenizer"),
         (("classify",), "--images"),
         (("classify", "cat.jpg"), "--model"),
@@ -193,7 +199,7 @@ def test_an_error_has_the_documented_code(error: Exception, code: int) -> None:
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def app() -> None:
+    def app(words: list[str]) -> None:
         raise error
 
     monkeypatch.setattr(beit.cli, "app", app)
@@ -222,3 +228,45 @@ def test_the_module_runs_as_the_program_does() -> None:
     tree = ast.parse((PACKAGE / "__main__.py").read_text())
     assert "from beit.cli import main" in ast.unparse(tree)
     assert "beit.cli" in sys.modules
+
+
+# --- Recipes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*/*.toml")), ids=lambda file: file.stem)
+def test_a_recipe_sets_fields_of_its_command_and_says_what_came_out(file: Path) -> None:
+    place = file.parent.name
+    command = place.replace("_", "-")
+    config = start_from(command, "--recipe", file.stem)
+    content = tomllib.loads(file.read_text())
+    assert content["expected"]
+    assert content["source"]
+    given = {"pretrain": "photos --tokenizer t", "finetune": "photos"}[command]
+    app.config = [config]
+    try:
+        _, bound, _ = app.parse_args(f"{command} {given} -o run --lr 0.5")
+    finally:
+        app.config = []
+    settings = bound.args[0]
+    assert settings.lr == 0.5, "a flag goes before the recipe"
+    for key, value in content["settings"].items():
+        if key != "lr":
+            got = getattr(settings, key)
+            assert (list(got) if isinstance(got, tuple) else got) == value, key
+
+
+def test_misspelt_recipes_and_keys_name_the_nearest(cli: Cli, tmp_path: Path) -> None:
+    code, _, err = cli("pretrain", "x", tokenizer="t", out="o", recipe="beit_bas_22k")
+    assert code == 2
+    assert "did you mean beit_base_22k" in err
+    (tmp_path / "mine.toml").write_text("[settings]\nepoch = 3\n")
+    code, _, err = cli("pretrain", "x", tokenizer="t", out="o", recipe=tmp_path / "mine.toml")
+    assert code == 2
+    assert "sets 'epoch', which is no setting; did you mean epochs" in err
+
+
+def test_two_starts_and_a_start_without_a_name_are_refused(cli: Cli) -> None:
+    assert cli("pretrain", "x", recipe="digits", config="run.toml")[0] == 2
+    code, _, err = cli("pretrain", "x", "--recipe")
+    assert code == 2
+    assert "--recipe needs a value" in err

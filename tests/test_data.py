@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import threading
-import time
+import csv
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from beit.augment import TwoViews
 from beit.data import (
+    MOST_IN_A_ROW,
+    Bad,
+    BadImages,
     ImageSource,
+    Loader,
+    TooManyBadImages,
     batch_at,
     epoch_order,
-    load_ahead,
     open_source,
     sample_rng,
 )
+from beit.image import OpenImage
+from beit.masking import sample_mask
 
 
 def put(root: Path, *names: str) -> Path:
@@ -42,7 +50,7 @@ def test_flat_folder_has_pictures_without_labels(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("no picture")
     source = open_source(tmp_path)
     assert sorted(names(source, tmp_path)) == ["C.PNG", "a.jpg", "b.png"]
-    assert (source.labels, source.classes) == ((), ())
+    assert (source.labels.tolist(), source.classes) == ([], ())
     assert len(source) == 3
 
 
@@ -51,7 +59,7 @@ def test_class_folders_are_classes_in_the_order_of_their_names(tmp_path: Path) -
     source = open_source(tmp_path, labelled=True)
     assert source.classes == ("ant", "cat", "dog")
     assert names(source, tmp_path) == ["ant/9.png", "cat/1.png", "cat/2.png", "dog/1.png"]
-    assert source.labels == (0, 1, 1, 2)
+    assert source.labels.tolist() == [0, 1, 1, 2]
 
 
 def test_folders_in_a_class_folder_belong_to_the_class(tmp_path: Path) -> None:
@@ -74,7 +82,7 @@ def test_a_folder_without_pictures_is_no_class(tmp_path: Path) -> None:
 def test_pictures_beside_folders_make_it_a_nest_without_labels(tmp_path: Path) -> None:
     put(tmp_path, "cat/1.png", "stray.png")
     assert len(open_source(tmp_path)) == 2
-    assert open_source(tmp_path).labels == ()
+    assert not len(open_source(tmp_path).labels)
 
 
 def test_train_and_val_are_opened_by_their_name(tmp_path: Path) -> None:
@@ -91,7 +99,7 @@ def test_csv_lists_paths_beside_it_with_labels(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("\n".join([*rows, f"cat,{absolute},"]) + "\n")
     source = open_source(tmp_path / "list.csv", labelled=True)
     assert source.classes == ("cat", "dog")
-    assert source.labels == (1, 0, 1, 0)
+    assert source.labels.tolist() == [1, 0, 1, 0]
     assert names(source, tmp_path) == ["pictures/1.png", "pictures/2.png", "3.png", "elsewhere/4.png"]
     assert source.read(3).shape == (3, 4, 3)
 
@@ -113,7 +121,7 @@ def test_csv_without_labels_is_a_source_without_labels(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path\n1.png\n")
     source = open_source(tmp_path / "list.csv")
     assert names(source, tmp_path) == ["1.png"]
-    assert source.labels == ()
+    assert not len(source.labels)
 
 
 def test_txt_lists_paths_beside_it(tmp_path: Path) -> None:
@@ -156,7 +164,9 @@ def test_unlabelled_source_says_how_to_label_it(tmp_path: Path) -> None:
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "data.zip").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"data\.zip is not a folder, a \.csv or a \.txt"):
+    with pytest.raises(
+        ValueError, match=r"data\.zip is not a folder, a \.tar, a \.parquet, a \.csv or a \.txt; unpack"
+    ):
         open_source(tmp_path / "data.zip")
 
 
@@ -177,33 +187,37 @@ def test_csv_with_a_row_cut_short_names_the_line(tmp_path: Path) -> None:
 # --- Classes by name -----------------------------------------------------------------------------
 
 
-def source_of(*labels: str) -> ImageSource:
-    classes = tuple(sorted(set(labels)))
-    numbers = tuple(classes.index(label) for label in labels)
-    return ImageSource(tuple(Path(f"{i}.png") for i in range(len(labels))), numbers, classes)
+def source_of(tmp_path: Path, *labels: str) -> ImageSource:
+    rows = "".join(f"{number}.png,{label}\n" for number, label in enumerate(labels))
+    (tmp_path / "list.csv").write_text("path,label\n" + rows)
+    return open_source(tmp_path / "list.csv", labelled=True)
 
 
-def test_labels_follow_the_models_classes_by_name_not_by_place() -> None:
-    ours = source_of("cat", "dog", "cat")
+def test_labels_follow_the_models_classes_by_name_not_by_place(tmp_path: Path) -> None:
+    ours = source_of(tmp_path, "cat", "dog", "cat")
     theirs = ours.with_classes(["dog", "eel", "cat"])
-    assert theirs.labels == (2, 0, 2)
+    assert theirs.labels.tolist() == [2, 0, 2]
     assert theirs.classes == ("dog", "eel", "cat")
     assert theirs.paths == ours.paths
 
 
-def test_a_set_may_lack_classes_the_model_knows() -> None:
-    assert source_of("cat").with_classes(["ant", "bee", "cat"]).labels == (2,)
+def test_classes_without_a_picture_are_named_and_shift_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = source_of(tmp_path, "cat").with_classes(["ant", "bee", "cat"])
+    assert source.labels.tolist() == [2]
+    assert capsys.readouterr().err == "no picture of 2 of 3 classes: ant, bee\n"
 
 
-def test_classes_the_model_does_not_know_are_named() -> None:
+def test_classes_the_model_does_not_know_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"classes the model does not know: eel, fox; the model's are ant"
     ):
-        source_of("ant", "fox", "eel").with_classes(["ant", "bee"])
+        source_of(tmp_path, "ant", "fox", "eel").with_classes(["ant", "bee"])
 
 
-def test_a_long_list_of_classes_is_cut_in_the_message() -> None:
-    many = source_of(*(f"c{i:03d}" for i in range(500)))
+def test_a_long_list_of_classes_is_cut_in_the_message(tmp_path: Path) -> None:
+    many = source_of(tmp_path, *(f"c{i:03d}" for i in range(500)))
     with pytest.raises(ValueError, match=r"c000, .*c007 and 492 more") as caught:
         many.with_classes(["x"])
     assert len(str(caught.value)) < 300
@@ -276,115 +290,243 @@ def test_a_sample_does_not_draw_what_the_order_drew() -> None:
     assert not np.array_equal(sample_rng(0, 1, 0).random(4), order)
 
 
-# --- Loading ahead -------------------------------------------------------------------------------
-
-WORKERS = [0, 1, 3]
-
-
-def within(seconds: float, work: Callable[[], object]) -> object:
-    """The result of work, or a failure where it hangs."""
-    found: list[object] = []
-    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert not thread.is_alive(), "it hangs"
-    return found[0]
+def test_an_epochs_order_cannot_be_changed_by_who_reads_it() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        epoch_order(5, 0, 0)[0] = 3
 
 
-def until(happened: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if happened():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it has not happened in 10 s")
+# --- Batches: the same for any number of workers and ranks, and after a stop anywhere ------------
+
+NUM_PICTURES, CLASSES = 23, 3
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-def test_loading_ahead_keeps_the_order_whoever_is_first(workers: int) -> None:
-    def make(step: int) -> int:
-        time.sleep(0.002 * (step % 3 == 0))  # some take longer than those after them
-        return step * step
-
-    assert list(load_ahead(make, range(5, 40), workers)) == [step * step for step in range(5, 40)]
-
-
-@pytest.mark.parametrize("workers", WORKERS)
-def test_nothing_to_load_gives_nothing(workers: int) -> None:
-    assert list(load_ahead(str, range(3, 3), workers)) == []
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
+    """23 pictures of different sizes; the first pixel's red is 10 times the number."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(NUM_PICTURES):
+        pixels = rng.integers(0, 255, (20 + number, 44 - number, 3), dtype=np.uint8)
+        pixels[0, 0, 0] = 10 * number
+        Image.fromarray(pixels).save(root / f"{number:02d}.png")
+    return open_source(root)
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-def test_an_error_is_raised_at_its_step(workers: int) -> None:
-    def make(step: int) -> int:
-        if step == 4:
-            raise ValueError("picture 4 is broken")
-        return step
-
-    loader = load_ahead(make, range(20), workers)
-    assert [next(loader) for _ in range(4)] == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="picture 4 is broken"):
-        next(loader)
+def loader_of(source: ImageSource, folder: Path, **options: object) -> Loader:
+    """A loader of six at a time, in this process, with seed 7 and room for any number of bad pictures."""
+    budget = options.pop("budget", 1.0)
+    bad_images = BadImages(folder / "bad_images.csv", len(source), budget)  # type: ignore[arg-type]
+    chosen = {"batch_size": 6, "seed": 7, "workers": 0, **options}
+    return Loader(source, bad_images=bad_images, **chosen)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_work_is_done_ahead_but_not_without_bound(workers: int) -> None:
-    made: list[int] = []
-    loader = load_ahead(lambda step: made.append(step), range(1000), workers)
-    next(loader)
-    until(lambda: len(made) == 2 * workers + 1)
-    time.sleep(0.02)
-    assert len(made) == 2 * workers + 1
-    within(10, loader.close)  # type: ignore[attr-defined]
+def crops_and_mask(picture: OpenImage, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    return *TwoViews(16, 8)(picture, rng), sample_mask((6, 6), 12, rng, min_block=4)
 
 
-def test_without_workers_nothing_is_made_before_it_is_asked_for() -> None:
-    made: list[int] = []
-    loader = load_ahead(lambda step: made.append(step), range(10), 0)
-    next(loader)
-    assert made == [0]
+Seen = list[tuple[int, tuple[bytes, ...]]]
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-def test_stopping_early_does_not_hang_and_makes_no_more(workers: int) -> None:
-    made: list[int] = []
-
-    def make(step: int) -> int:
-        made.append(step)
-        return step
-
-    def work() -> int:
-        loader = load_ahead(make, range(100_000), workers)
-        first = next(loader)
-        loader.close()  # type: ignore[attr-defined]
-        return first
-
-    assert within(10, work) == 0
-    count = len(made)
-    time.sleep(0.02)
-    assert len(made) == count <= 2 * workers + 1
+def seen(loader: Loader, steps: range) -> list[Seen]:
+    """(index, bytes of both crops and the mask) of each sample of each step."""
+    return [
+        [(index, tuple(part.tobytes() for part in parts)) for index, parts in batch]
+        for batch in loader.batches(steps, crops_and_mask)
+    ]
 
 
-def test_what_was_not_begun_is_not_done_after_stopping() -> None:
-    made: list[int] = []
-    go_on = threading.Event()
+@pytest.fixture(scope="module")
+def expected(pictures: ImageSource) -> Callable[[int], list[tuple[int, tuple[bytes, ...]]]]:
+    """What a step must hold, by the definition: a permutation, its slice, and a generator for each."""
 
-    def make(step: int) -> int:
-        made.append(step)
-        assert step == 0 or go_on.wait(10)
-        return step
+    def step_of(step: int) -> list[tuple[int, tuple[bytes, ...]]]:
+        epoch, place = divmod(step, NUM_PICTURES // 6)
+        order = np.random.default_rng([7, epoch]).permutation(NUM_PICTURES)[6 * place : 6 * place + 6]
+        return [
+            (
+                i,
+                tuple(
+                    part.tobytes() for part in crops_and_mask(pictures.open(i), sample_rng(7, epoch, i))
+                ),
+            )
+            for i in order.tolist()
+        ]
 
-    loader = load_ahead(make, range(10), 1)
-    next(loader)
-    until(lambda: made == [0, 1])  # and 2 waits for its turn
-    closing = threading.Thread(target=loader.close)  # type: ignore[attr-defined]
-    closing.start()
-    time.sleep(0.05)
-    go_on.set()
-    closing.join(10)
-    assert not closing.is_alive()
-    assert made == [0, 1]
+    return step_of
 
 
-def test_work_is_done_in_as_many_threads_as_asked_for() -> None:
-    meeting = threading.Barrier(3, timeout=10)  # passes only where three work at once
-    list(load_ahead(lambda _: meeting.wait(), range(3), 3))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    workers=st.sampled_from([0, 1, 2, 4]),
+    world=st.sampled_from([1, 2, 3, 6]),
+    start=st.integers(0, 20),
+    length=st.integers(0, 8),
+)
+def test_samples_crops_and_masks_are_the_same_for_any_workers_ranks_and_place_of_resuming(
+    pictures: ImageSource,
+    expected: Callable[[int], Seen],
+    tmp_path: Path,
+    workers: int,
+    world: int,
+    start: int,
+    length: int,
+) -> None:
+    steps = range(start, start + length)
+    ranks = [
+        seen(loader_of(pictures, tmp_path, workers=workers, rank=rank, world=world), steps)
+        for rank in range(world)
+    ]
+    for place, step in enumerate(steps):
+        whole = expected(step)
+        for rank in range(world):
+            assert ranks[rank][place] == whole[rank::world]
+
+
+@given(
+    count=st.integers(1, 50),
+    size=st.integers(1, 60),
+    step=st.integers(0, 300),
+    world=st.sampled_from([1, 2, 4, 7]),
+)
+def test_ranks_share_a_batch_without_overlap_or_gap(
+    count: int, size: int, step: int, world: int
+) -> None:
+    whole = batch_at(step, count, size, seed=3)
+    parts = [batch_at(step, count, size, 3, rank, world) for rank in range(world)]
+    assert sorted(sample for part in parts for sample in part) == sorted(whole)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(
+    pictures: ImageSource, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="batch_size 6 does not divide among 4 processes"):
+        loader_of(pictures, tmp_path, world=4)
+
+
+def test_the_same_pictures_in_tar_shards_come_in_the_same_order(
+    pictures: ImageSource, tmp_path: Path
+) -> None:
+    import tarfile
+
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for path in pictures.paths[shard * 8 : shard * 8 + 8]:
+                tar.add(path, path.name)
+    assert seen(loader_of(open_source(tmp_path), tmp_path), range(9)) == seen(
+        loader_of(pictures, tmp_path), range(9)
+    )
+
+
+# --- Bad pictures --------------------------------------------------------------------------------
+
+
+def put_with_bad(root: Path, count: int, bad: set[int]) -> ImageSource:
+    put(root, *(f"{number:03d}.png" for number in range(count)))
+    for number in bad:
+        (root / f"{number:03d}.png").write_bytes(b"no picture")
+    return open_source(root)
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def draw(picture: OpenImage, rng: np.random.Generator) -> tuple[int, float]:
+    return int(picture.read()[0, 0, 0]), rng.random()
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(bad=st.sets(st.integers(0, 11), max_size=9), workers=st.sampled_from([0, 1, 2, 4]))
+def test_a_bad_picture_gives_way_to_the_next_position_and_keeps_its_draws(
+    tmp_path_factory: pytest.TempPathFactory, bad: set[int], workers: int
+) -> None:
+    root = tmp_path_factory.mktemp("bad")
+    source = put_with_bad(root, 12, bad)
+    loader = loader_of(source, root, workers=workers, batch_size=4)
+    batches = list(loader.batches(range(6), draw))
+    for step, batch in enumerate(batches):
+        epoch, place = divmod(step, 3)
+        order = np.random.default_rng([7, epoch]).permutation(12).tolist()
+        for offset, (index, (red, number)) in enumerate(batch):
+            position = place * 4 + offset
+            after = (order[(position + ahead) % 12] for ahead in range(12))
+            assert index == red == next(i for i in after if i not in bad)
+            assert number == sample_rng(7, epoch, order[position]).random()
+    assert set(loader.bad_images.found) == bad
+
+
+def test_bad_pictures_are_listed_once_with_their_reasons(tmp_path: Path) -> None:
+    source = put_with_bad(tmp_path, 12, {3, 5})
+    (tmp_path / "007.png").unlink()
+    for _ in range(2):  # also where the run goes on
+        loader = loader_of(source, tmp_path, batch_size=4, workers=2)
+        list(loader.batches(range(9), draw))
+        assert len(loader.bad_images) == 3
+    rows = {row["path"]: row for row in rows_of(tmp_path / "bad_images.csv")}
+    assert len(rows_of(tmp_path / "bad_images.csv")) == 3
+    assert set(rows) == {str(tmp_path / f"{number:03d}.png") for number in (3, 5, 7)}
+    assert rows[str(tmp_path / "007.png")]["code"] == "missing"
+    assert "not a readable picture" in rows[str(tmp_path / "003.png")]["reason"]
+    assert rows[str(tmp_path / "003.png")]["sample"] == "3"
+
+
+def test_a_set_without_bad_pictures_leaves_no_list(tmp_path: Path) -> None:
+    list(loader_of(put_with_bad(tmp_path, 12, set()), tmp_path).batches(range(4), draw))
+    assert not (tmp_path / "bad_images.csv").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_over_the_budget_the_run_stops_at_the_same_step_whoever_reads(
+    tmp_path: Path, workers: int
+) -> None:
+    order = np.random.default_rng([7, 0]).permutation(30).tolist()
+    source = put_with_bad(tmp_path, 30, {order[position] for position in (3, 10, 17, 25)})
+    loader = loader_of(source, tmp_path, workers=workers, batch_size=2, budget=0.05)
+    given = 0
+    with pytest.raises(TooManyBadImages) as stopped:  # noqa: PT012
+        for _ in loader.batches(range(15), draw):
+            given += 1
+    assert given == 17 // 2  # the third; 2 of 30 may be bad
+    assert stopped.value.exit_code == 4
+    said = str(stopped.value)
+    assert "3 of 30 pictures cannot be read, where 5.0% (2) may" in said
+    assert "bad_images.csv" in said
+    assert ".png (not a readable picture" in said
+    assert len(rows_of(tmp_path / "bad_images.csv")) == 3
+
+
+@pytest.mark.parametrize(("count", "budget", "allowed"), [(30, 0.0, 0), (30, 0.01, 1), (300, 0.01, 3)])
+def test_a_share_of_the_pictures_may_be_bad_and_one_always_unless_none(
+    tmp_path: Path, count: int, budget: float, allowed: int
+) -> None:
+    bad_images = BadImages(tmp_path / "bad.csv", count, budget)
+    bad = [Bad(number, f"{number}.png", "unreadable", "why") for number in range(allowed + 1)]
+    bad_images.add(bad[:allowed])
+    with pytest.raises(TooManyBadImages):
+        bad_images.add(bad[allowed:])
+
+
+def test_a_budget_that_is_no_share_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_bad_images 5 is not a share from 0 to 1; 0\.01 is usual"):
+        BadImages(tmp_path / "bad.csv", 10, 5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_hundred_in_a_row_stop_the_run_whatever_the_budget(tmp_path: Path, workers: int) -> None:
+    source = put_with_bad(tmp_path, MOST_IN_A_ROW + 50, set(range(MOST_IN_A_ROW + 50)))
+    loader = loader_of(source, tmp_path, workers=workers)
+    with pytest.raises(TooManyBadImages, match="100 pictures in a row cannot be read"):
+        next(loader.batches(range(9), draw))
+    assert len(rows_of(tmp_path / "bad_images.csv")) == MOST_IN_A_ROW
+
+
+def test_an_error_that_is_not_the_pictures_fault_is_raised(
+    pictures: ImageSource, tmp_path: Path
+) -> None:
+    def prepare(picture: OpenImage, rng: np.random.Generator) -> int:
+        raise ZeroDivisionError("ours")
+
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        next(loader_of(pictures, tmp_path, workers=1).batches(range(3), prepare))

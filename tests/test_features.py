@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from beit.features import default_layer, extract_features, pool_tokens
+import beit.features
+from beit.features import (
+    BeitFeatures,
+    Pooling,
+    default_layer,
+    extract_features,
+    pool_tokens,
+    pooled,
+    storage,
+)
+from beit.image import ImageSpec, preprocess, read_image
 from beit.model import Beit, BeitConfig, BeitForMaskedImageModeling
 
 CONFIG = BeitConfig(img_size=16, patch_size=8, embed_dim=12, depth=4, num_heads=3).for_pretraining(10)
@@ -77,3 +91,119 @@ def test_missing_layer_is_named() -> None:
 @pytest.mark.parametrize(("depth", "layer"), [(12, 9), (24, 14), (4, 3), (6, 4), (2, 2), (1, 1)])
 def test_default_layer_is_the_papers_or_three_quarters(depth: int, layer: int) -> None:
     assert default_layer(depth) == layer
+
+
+def test_an_unknown_pooling_is_named() -> None:
+    with pytest.raises(ValueError, match="pooling 'max' is not one of mean, cls, both"):
+        pool_tokens(torch.zeros(1, 3, 4), "max")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_every_pooling_is_a_part_of_both(pooling: Pooling) -> None:
+    model, batches = model_and_batches()
+    both = extract_features(model, batches, [2, 4], "both", "fp32")
+    asked = extract_features(model, batches, [2, 4], pooling, "fp32")
+    for layer in (2, 4):
+        assert torch.equal(pooled(both[layer], pooling), asked[layer])
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_features_in_a_file_are_those_in_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    model, batches = model_and_batches()
+    expected = extract_features(model, batches, [3, 1], precision="fp32")
+    monkeypatch.setattr(beit.features, "IN_MEMORY_BYTES", limit)
+    found = extract_features(model, batches, [3, 1], precision="fp32", count=4)
+    assert list(found) == [3, 1]
+    for layer in (1, 3):
+        assert torch.equal(found[layer], expected[layer])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_storage_beyond_memory_can_be_written_and_read(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(beit.features, "IN_MEMORY_BYTES", 0)
+    kept = storage((3, 5), dtype)
+    kept[1:] = torch.arange(10).view(2, 5)
+    assert kept.dtype == dtype
+    assert kept[1:].flatten().tolist() == list(range(10))
+
+
+# --- scikit-learn --------------------------------------------------------------------------------
+
+
+def encoder() -> Beit:
+    model, _ = model_and_batches()
+    model.image_spec = ImageSpec((16, 16), crop_ratio=1.0)
+    return model
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> tuple[list[Path], list[str]]:
+    """Forty pictures of noise, dark or bright, and what they are."""
+    rng = np.random.default_rng(0)
+    files, names = [], []
+    for number in range(40):
+        name = "dark" if number % 2 else "bright"
+        low = 0 if name == "dark" else 130
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(rng.integers(low, low + 120, (20, 18, 3), dtype=np.uint8)).save(files[-1])
+        names.append(name)
+    return files, names
+
+
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_transformer_gives_the_features_of_the_prepared_pictures(
+    pictures: tuple[list[Path], list[str]], pooling: Pooling
+) -> None:
+    model, (files, _) = encoder(), pictures
+    images = torch.from_numpy(np.stack([preprocess(read_image(f), model.image_spec) for f in files]))
+    expected = extract_features(model, [images], [3], pooling, "fp32")[3].numpy()
+    for given in (files, [str(f) for f in files], [read_image(f) for f in files]):
+        features = BeitFeatures(model, None, pooling, batch_size=7, precision="fp32")
+        found = features.fit(given).transform(given)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert len(features.get_feature_names_out()) == found.shape[1]
+    other = BeitFeatures(model, 1, pooling, precision="fp32").fit_transform(files)
+    assert not np.allclose(other, expected)
+
+
+def test_any_estimator_stands_on_top_of_it(pictures: tuple[list[Path], list[str]]) -> None:
+    pipeline = pytest.importorskip("sklearn.pipeline")
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    model_selection = pytest.importorskip("sklearn.model_selection")
+    files, names = pictures
+    pipe = pipeline.make_pipeline(BeitFeatures(encoder()), linear_model.LogisticRegression())
+    scores = model_selection.cross_val_score(pipe, files, names, cv=4)
+    assert scores.mean() > 0.95
+    grid = {"beitfeatures__layer": [1, 3], "beitfeatures__pooling": ["cls", "both"]}
+    search = model_selection.GridSearchCV(pipe, grid, cv=2, error_score="raise").fit(files, names)
+    assert search.best_estimator_[0].layer in (1, 3)
+    assert search.predict(files[:2]).tolist() == names[:2]
+    assert "BeitFeatures(BeitForMaskedImageModeling" in repr(pipe)
+
+
+def test_it_keeps_scikit_learns_rules_for_estimators() -> None:
+    base = pytest.importorskip("sklearn.base")
+    utils = pytest.importorskip("sklearn.utils")
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    features = BeitFeatures(encoder(), 2)
+    for rule in (
+        "check_estimator_cloneable",
+        "check_get_params_invariance",
+        "check_set_params",
+        "check_no_attributes_set_in_init",
+        "check_estimator_repr",
+        "check_estimator_get_tags_default_keys",
+    ):
+        if hasattr(checks, rule):  # they differ between versions
+            getattr(checks, rule)("BeitFeatures", features)
+    clone = base.clone(features)
+    assert clone is not features
+    assert clone.model is features.model  # a frozen network needs no copy
+    assert clone.get_params() == features.get_params()
+    if hasattr(utils, "get_tags"):
+        tags = utils.get_tags(features)
+        assert (tags.requires_fit, tags.input_tags.two_d_array) == (False, False)
+    with pytest.raises(ValueError, match="no parameter 'depth'; it has model, layer, pooling"):
+        features.set_params(depth=3)

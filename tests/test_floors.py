@@ -21,9 +21,10 @@ FLOORS = {
     4: {"commands"},  # and every file in it
     3: {"engine", "probe", "report"},
     2: {"features", "export", "checkpoints", "data", "run", "visualize"},
-    1: {"vqkd", "augment", "unpickle", "hub", "layouts", "configs", "handover", "distributed"},
+    1: {"vqkd", "augment", "unpickle", "hub", "layouts", "configs", "handover", "distributed",
+        "listing", "snapshots", "flops"},
     0: {"model", "relative_position", "tokenizer", "masking", "image", "metrics", "optim", "precision",
-        "atomic"},
+        "atomic", "recipes", "workers", "stop"},
 }  # fmt: skip
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 
@@ -31,6 +32,7 @@ FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDEWAYS = {
     ("model", "relative_position"): "the bias table is a part of the model, in a file of its own",
     ("handover", "layouts"): "the names say why a tensor is left behind",
+    ("configs", "layouts"): "files and tensors give the same ratio for the same sizes",
     ("model", "image"): "a model carries the ImageSpec that its weights expect",
     ("__main__", "cli"): "`python -m beit` is `beit`",
     ("commands.demo", "commands.finetune"): "the demo's work is to run the other commands",

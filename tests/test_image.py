@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 import threading
 import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ENVIRONMENT
+from fuzz_images import encoded, mutated, seeds
 from PIL import Image, ImageOps
 
 import beit.image
@@ -22,9 +31,12 @@ from beit.image import (
     IMAGENET_STD,
     BadImage,
     ImageSpec,
+    open_image,
     preprocess,
     read_image,
     resize_and_crop,
+    timm_spec,
+    transformers_spec,
     unilm_spec,
 )
 
@@ -34,12 +46,6 @@ PICTURES = sorted((GOLDEN / "images").iterdir())
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 # --- Modes ---------------------------------------------------------------------------------------
@@ -93,6 +99,83 @@ def test_floats_are_read_from_zero_to_one_or_from_their_own_range() -> None:
         np.testing.assert_array_equal(read_image(content)[0, :, 1], [0, 128, 255])
 
 
+def test_floats_that_are_no_numbers_are_black_and_the_infinite_are_the_ends() -> None:
+    values = np.array([[np.nan, -np.inf, np.inf, 10.0, 20.0]], dtype=np.float32)
+    content = encoded(Image.fromarray(values), "TIFF")
+    np.testing.assert_array_equal(read_image(content)[0, :, 2], [0, 0, 255, 0, 255])
+    nothing = Image.fromarray(np.full((2, 3), np.nan, dtype=np.float32))
+    assert not read_image(encoded(nothing, "TIFF")).any()
+
+
+def test_wide_integers_are_read_as_sixteen_bits_or_from_their_own_range() -> None:
+    for values, levels in (([0, 257, 65535], [0, 1, 255]), ([-1000, 0, 1000], [0, 128, 255])):
+        content = encoded(Image.fromarray(np.array([values], dtype=np.int32)), "TIFF")
+        np.testing.assert_array_equal(read_image(content)[0, :, 0], levels)
+
+
+def test_inverted_jpegs_of_four_colours_are_read_as_pillow_reads_them() -> None:
+    content = encoded(Image.fromarray(noise(16, 16)).resize((40, 30)).convert("CMYK"), "JPEG")
+    assert b"Adobe" in content
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.mode == "CMYK"
+        np.testing.assert_array_equal(read_image(content), image.convert("RGB"))
+
+
+def test_premultiplied_colours_are_divided_by_their_transparency() -> None:
+    half = Image.new("RGBA", (3, 2), (200, 100, 40, 128))
+    np.testing.assert_allclose(read_image(half.convert("RGBa")).astype(int), read_image(half), atol=2)
+    grey = Image.new("LA", (3, 2), (180, 128))
+    np.testing.assert_allclose(read_image(grey.convert("La")).astype(int), read_image(grey), atol=2)
+
+
+def test_colours_of_a_lab_file_are_those_it_was_made_from() -> None:
+    cms = pytest.importorskip("PIL.ImageCms")
+    colours = Image.fromarray(
+        np.array([[[200, 60, 50], [40, 90, 200], [128, 128, 128]]], dtype=np.uint8)
+    )
+    profiles = cms.createProfile("sRGB"), cms.createProfile("LAB")
+    content = encoded(cms.profileToProfile(colours, *profiles, outputMode="LAB"), "TIFF")
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.mode == "LAB"
+    np.testing.assert_allclose(read_image(content).astype(int), np.asarray(colours), atol=3)
+
+
+def test_first_frame_of_several_is_read() -> None:
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    for kind in ("GIF", "PNG", "TIFF", "WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        np.testing.assert_array_equal(read_image(content), np.asarray(frames[0]), err_msg=kind)
+
+
+def late_exif(content: bytes) -> bytes:
+    """The same PNG with its EXIF after the pixels, which is allowed."""
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    last = len(content) - 12  # IEND
+    return content[:start] + content[end:last] + content[start:end] + content[last:]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "late PNG", "WEBP", "TIFF", "AVIF"])
+def test_every_orientation_is_applied_and_known_from_the_header(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    content = encoded(Image.fromarray(noise(9, 14)), kind.removeprefix("late "), exif=exif)
+    content = late_exif(content) if kind == "late PNG" else content
+    with Image.open(io.BytesIO(content)) as image:
+        theirs = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    opened = open_image(content)
+    assert opened.size == ((14, 9) if orientation < 5 else (9, 14))
+    np.testing.assert_array_equal(opened.read(), theirs)
+
+
+def test_a_picture_whose_exif_is_broken_is_still_a_picture() -> None:
+    image = Image.fromarray(noise(9, 14))
+    content = encoded(image, "PNG", exif=b"Exif\x00\x00no such thing")
+    np.testing.assert_array_equal(read_image(content), image)
+
+
 def test_path_text_bytes_and_pillow_image_give_the_same_array() -> None:
     for file in PICTURES:
         array = read_image(file)
@@ -120,6 +203,68 @@ def test_every_format_reads_what_was_written(kind: str) -> None:
 def test_the_array_is_the_readers_own() -> None:
     array = read_image(Image.fromarray(noise(4, 5)))
     array[:] = 0  # raises where it is a view of Pillow's memory
+
+
+def test_an_array_is_only_looked_at() -> None:
+    array = noise(4, 5)
+    assert read_image(array) is array
+    assert open_image(array).size == (5, 4)
+
+
+# --- Opened pictures -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "AVIF", "GIF", "JPEG"])
+def test_opening_decodes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(Image.fromarray(noise(30, 40)), kind)
+
+    def refuse(_: object) -> None:
+        raise AssertionError("decoded")
+
+    with monkeypatch.context() as patch:
+        with Image.open(io.BytesIO(content)) as image:
+            patch.setattr(type(image), "load", refuse)
+        opened = open_image(content)
+        assert opened.size == (40, 30)
+        with pytest.raises(BadImage, match="decoded"):
+            opened.read()
+    assert opened.read().shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_is_decoded_at_a_part_of_its_size(mode: str, scale: int) -> None:
+    """As Pillow's draft does it; sides are rounded up."""
+    content = encoded(Image.fromarray(noise(9, 7)).resize((83, 45)).convert(mode), "JPEG")
+    opened = open_image(content)
+    small = opened.read(scale)
+    assert small.shape == (-(-45 // scale), -(-83 // scale), 3)
+    with Image.open(io.BytesIO(content)) as image:
+        image.draft(None, (83 // scale, 45 // scale))
+        np.testing.assert_array_equal(small, image.convert("RGB"))
+    np.testing.assert_array_equal(opened.read(), read_image(content))  # again, and at full size
+
+
+def test_formats_without_smaller_decoding_ignore_the_scale() -> None:
+    image = Image.fromarray(noise(40, 60))
+    for source in (encoded(image, "PNG"), image, np.asarray(image)):
+        np.testing.assert_array_equal(open_image(source).read(8), image)
+
+
+def test_other_scales_are_refused() -> None:
+    with pytest.raises(ValueError, match="scale 3 is not one of 1, 2, 4, 8"):
+        open_image(noise(8, 8)).picture(3)
+
+
+def test_what_was_opened_has_a_name_for_its_errors(tmp_path: Path) -> None:
+    for name, path in ((None, "picture"), ("cats.tar/7.jpg", "cats.tar/7.jpg")):
+        with pytest.raises(BadImage) as caught:
+            open_image(b"no picture", name=name)
+        assert caught.value.path == path
+    half = encoded(Image.fromarray(noise(40, 40)), "PNG")[:2000]
+    opened = open_image(half, name="half.png")
+    with pytest.raises(BadImage, match=re.escape("half.png: not a readable picture")):
+        opened.read()
 
 
 # --- Limits and broken files ---------------------------------------------------------------------
@@ -164,6 +309,35 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch: pytest
     assert "41 x 30" in error.reason
 
 
+def test_pixel_limit_is_set_by_argument_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(Image.fromarray(noise(30, 40)), "PNG")
+    with pytest.raises(BadImage, match=re.escape("40 x 30 pixels; the limit is 1,199")):
+        open_image(content, max_pixels=1199)
+    monkeypatch.setenv("BEIT_MAX_PIXELS", "1199")
+    assert refusal(content).code == "too_large"
+    assert open_image(content, max_pixels=1200).size == (40, 30)
+    monkeypatch.setenv("BEIT_MAX_PIXELS", "1200")
+    assert read_image(content).shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize("text", ["0", "", "-1", "many", "1e8"])
+def test_pixel_limit_is_never_off(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEIT_MAX_PIXELS", text)
+    with pytest.raises(
+        ValueError, match=f"BEIT_MAX_PIXELS {text!r} is not a number of pixels"
+    ) as caught:
+        read_image(encoded(Image.fromarray(noise(3, 4)), "PNG"))
+    assert not isinstance(caught.value, BadImage)  # or a loader would count every picture as bad
+
+
+def test_lack_of_memory_is_a_bad_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(beit.image, "_to_rgb", fail)
+    assert refusal(encoded(Image.fromarray(noise(3, 4)), "PNG")).code == "memory"
+
+
 @pytest.mark.parametrize("side", [8_000, 12_000, 60_000])
 def test_a_small_file_that_claims_many_pixels_is_too_large(side: int) -> None:
     content = bytearray(encoded(Image.new("1", (8, 8)), "BMP"))
@@ -183,38 +357,28 @@ def test_too_large_files_are_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (error.code, error.path) == ("too_large", str(file))
 
 
-def damaged(content: bytes, rng: np.random.Generator) -> bytes:
-    """Cut off, overwritten in places, or with a stretch doubled."""
-    data = bytearray(content)
-    kind = rng.integers(3)
-    if kind == 0:
-        return bytes(data[: rng.integers(1, len(data))])
-    if kind == 1:
-        for place in rng.integers(0, len(data), rng.integers(1, 12)):
-            data[place] = rng.integers(256)
-        return bytes(data)
-    start = int(rng.integers(len(data)))
-    return bytes(data[:start] + data[max(0, start - 40) :])
+def test_a_damaged_file_is_an_image_or_a_bad_image_and_nothing_on_the_terminal(tmp_path: Path) -> None:
+    """In a process of its own: 4000 files here, as many as BEIT_FUZZ says elsewhere."""
+    count = int(os.environ.get("BEIT_FUZZ", "4000"))
+    script = Path(__file__).with_name("fuzz_images.py")
+    command = [sys.executable, "-W", "error", str(script), str(count), "0"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    print(result)
+    codes = result["codes"]
+    assert sum(codes.values()) == count
+    assert set(codes) <= {"read", "unreadable", "too_large", "empty", "memory"}
+    assert min(codes["read"], codes["unreadable"]) > count / 5  # so damage is damage, and not all of it
+    assert result["peak_mib"] < 400
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP"])
-def test_a_damaged_file_is_an_image_or_a_bad_image_and_never_a_warning(kind: str) -> None:
-    rng = np.random.default_rng(list(kind.encode()))
-    smooth = Image.fromarray(noise(20, 24)).resize((48, 40))
-    smooth.getexif()[274] = 6
-    content = encoded(smooth, kind, **({"exif": smooth.getexif()} if kind != "BMP" else {}))
-    refused = 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(60):
-            try:
-                image = read_image(damaged(content, rng))
-            except BadImage:
-                refused += 1
-                continue
-            assert image.dtype == np.uint8
-            assert image.ndim == 3
-    assert refused > 5  # so damage is damage
+def test_damaged_files_differ_from_what_they_were() -> None:
+    rng = np.random.default_rng(0)
+    originals = seeds()
+    assert len({content[:4] for content in originals}) >= 6
+    changed = [mutated(content, rng) != content for content in originals * 20]
+    assert np.mean(changed) > 0.9
 
 
 def test_reading_in_threads_leaves_the_warning_filters_as_they_were(
@@ -224,11 +388,11 @@ def test_reading_in_threads_leaves_the_warning_filters_as_they_were(
     inside = {name: threading.Event() for name in "ab"}
     leave = {name: threading.Event() for name in "ab"}
 
-    def wait(_image: Image.Image, _name: str) -> np.ndarray:
+    def wait(image: Image.Image) -> Image.Image:
         name = threading.current_thread().name
         inside[name].set()
         assert leave[name].wait(10)
-        return noise(1, 1)
+        return image
 
     monkeypatch.setattr(beit.image, "_to_rgb", wait)
     before = list(warnings.filters)
@@ -243,6 +407,176 @@ def test_reading_in_threads_leaves_the_warning_filters_as_they_were(
         leave[thread.name].set()
         thread.join(10)
     assert list(warnings.filters) == before
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+
+
+def png(width: int, height: int, *more: bytes) -> bytes:
+    """A PNG of one grey byte a pixel, of which there are too few."""
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x00\x00\x00\x00"
+    chunks = [chunk(b"IHDR", head), *more, chunk(b"IDAT", zlib.compress(bytes(99)))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+def tiff(width: int, height: int, *more: bytes, size: int = 0) -> bytes:
+    """A TIFF with the given sides, further directory entries, and padded to a size."""
+    tags = {256: width, 257: height, 258: 8, 262: 1, 273: 8, 277: 1, 278: height}
+    entries = [
+        tag.to_bytes(2, "little") + b"\x04\x00\x01\x00\x00\x00" + value.to_bytes(4, "little")
+        for tag, value in tags.items()
+    ]
+    entries += more
+    directory = len(entries).to_bytes(2, "little") + b"".join(entries) + bytes(4)
+    return (b"II*\x00\x08\x00\x00\x00" + directory).ljust(size, b"\x00")
+
+
+def patched(content: bytes, place: int, *values: int, width: int = 2, order: Any = "little") -> bytes:
+    """With numbers written over a place."""
+    written = b"".join(value.to_bytes(width, order) for value in values)
+    return content[:place] + written + content[place + len(written) :]
+
+
+TINY = Image.fromarray(noise(8, 8))
+JPEG, GIF, BMP, AVIF = (encoded(TINY, kind) for kind in ("JPEG", "GIF", "BMP", "AVIF"))
+WEBP, LOSSLESS = encoded(TINY, "WEBP"), encoded(TINY, "WEBP", lossless=True)
+EXTENDED = encoded(TINY, "WEBP", exif=b"Exif\x00\x00" + bytes(20))
+LARGE = 97_000_000  # bytes, just within the limit of a file
+
+
+def claims() -> Iterator[tuple[str, bytes]]:
+    """Small files that claim many pixels."""
+    for side in (8_000, 13_300, 14_000, 65_535, 2**31 - 1):
+        yield f"png {side}", png(side, side)
+        yield f"tiff {side}", tiff(side, side)
+        yield f"bmp {side}", patched(BMP, 18, side, side, width=4)
+        yield f"ppm {side}", f"P6 {side} {side} 255\n".encode() + bytes(99)
+    for side in (8_000, 14_000, 65_535):
+        yield f"jpeg {side}", patched(JPEG, JPEG.index(b"\xff\xc0") + 5, side, side, order="big")
+        yield f"gif {side}", patched(GIF, 6, side, side)
+        yield f"avif {side}", patched(AVIF, AVIF.index(b"ispe") + 8, side, side, width=4, order="big")
+    for side in (8_000, 16_383):
+        yield f"webp {side}", patched(WEBP, WEBP.index(b"VP8 ") + 14, side, side)
+        bits = (side - 1) | (side - 1) << 14
+        yield f"lossless webp {side}", patched(LOSSLESS, LOSSLESS.index(b"VP8L") + 9, bits, width=4)
+    yield "extended webp", patched(EXTENDED, 24, 0xFFFFFF, 0xFFFFFF, width=3)
+    yield "wide png", png(50_000_001, 1)
+    yield "high pbm", b"P4 1 99999999\n"
+
+
+def compressed_text() -> bytes:
+    return png(8, 8, chunk(b"zTXt", b"Comment\x00\x00" + zlib.compress(bytes(100_000_000), 1)))
+
+
+def compressed_profile() -> bytes:
+    return png(8, 8, chunk(b"iCCP", b"a\x00\x00" + zlib.compress(bytes(100_000_000), 1)))
+
+
+def plain_text() -> bytes:
+    return png(8, 8, chunk(b"tEXt", b"Comment\x00" + b" " * LARGE))
+
+
+def many_texts() -> bytes:
+    return png(8, 8, *[chunk(b"tEXt", b"a\x00" + b" " * 900)] * 60_000)
+
+
+def text_over_the_limit_of_a_file() -> bytes:
+    return png(8, 8, chunk(b"tEXt", b"Comment\x00" + b" " * 100_000_000))
+
+
+def many_segments() -> bytes:
+    segment = b"\xff\xe1\xff\xff" + bytes(65533)
+    return JPEG[:2] + segment * (LARGE // len(segment)) + JPEG[2:]
+
+
+def padding() -> bytes:
+    return JPEG[:2] + b"\xff" * LARGE + JPEG[2:]
+
+
+def junk() -> bytes:
+    return JPEG[:2] + b"\xff\xe0\x00\x02" + b"a" * LARGE
+
+
+def overlapping_tags() -> bytes:
+    """Nine thousand entries, each of which is nearly the whole file."""
+    entry = b"\x07\x00" + (900_000).to_bytes(4, "little") + bytes(4)
+    entries = [(2000 + i).to_bytes(2, "little") + entry for i in range(9_000)]
+    return tiff(8, 8, *entries, size=1_000_000)
+
+
+def long_comment() -> bytes:
+    return GIF[:13] + b"\x21\xfe" + (b"\xff" + b" " * 255) * 370_000 + b"\x00" + GIF[13:]
+
+
+def endless_ppm() -> bytes:
+    return b"P3 # " + b"a" * LARGE
+
+
+BOMBS: dict[str, Callable[[], bytes]] = {name: partial(bytes, content) for name, content in claims()}
+BOMBS |= {
+    make.__name__.replace("_", " "): make
+    for make in (
+        compressed_text, compressed_profile, plain_text, many_texts, text_over_the_limit_of_a_file,
+        many_segments, padding, junk, overlapping_tags, long_comment, endless_ppm,
+    )
+}  # fmt: skip
+
+BOMB = """
+import sys, time
+from pathlib import Path
+from PIL import Image
+from beit.image import BadImage, read_image
+from fuzz_images import peak_mib
+Image.init()
+for warm in sys.argv[2:]:
+    read_image(warm)  # what Pillow loads for itself, once
+content = Path(sys.argv[1]).read_bytes()
+if Path("/proc/self/clear_refs").exists():
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = peak_mib()
+started = time.perf_counter()
+code = "read"
+try:
+    read_image(content)
+except BadImage as error:
+    code = error.code
+milliseconds = round((time.perf_counter() - started) * 1000, 1)
+print(code, milliseconds, round(peak_mib() - before))
+"""
+
+
+def test_there_are_forty_bombs() -> None:
+    assert len(BOMBS) >= 40
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_in_little_memory(name: str, tmp_path: Path) -> None:
+    """In a process of its own, under 50 MB on top of the file itself."""
+    bomb = tmp_path / "bomb"
+    bomb.write_bytes(BOMBS[name]())
+    warm = [str(PICTURES[0].parent / file) for file in ("rgb_tiny_9x13.png", "rgb_exif6_240x160.jpg")]
+    command = [sys.executable, "-W", "error", "-c", BOMB, str(bomb), *warm]
+    path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(Path(__file__).parent)])
+    environment = ENVIRONMENT | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    bomb.unlink()
+    assert (done.returncode, done.stderr) == (0, "")
+    code, milliseconds, grown = done.stdout.split()
+    print(f"{name}: {code} in {milliseconds} ms, {grown} MiB")
+    assert code != "read"
+    assert int(grown) < 50
+
+
+def test_ten_thousand_frames_are_one_picture() -> None:
+    """Only the first is read; the others are not even counted."""
+    frame = Image.fromarray(noise(8, 8)).quantize(4)
+    gif = encoded(frame, "GIF")
+    start = gif.index(b"\x2c")
+    many = gif[:-1] + gif[start:-1] * 9_999 + b"\x3b"
+    with Image.open(io.BytesIO(many)) as image:
+        assert image.n_frames == 10_000
+    np.testing.assert_array_equal(read_image(many), frame.convert("RGB"))
 
 
 # --- Evaluation geometry -------------------------------------------------------------------------
@@ -296,20 +630,22 @@ def test_a_spec_that_cannot_be_followed_is_refused(wrong: dict[str, Any], words:
         ImageSpec(**wrong)
 
 
-def test_evaluation_geometry_is_that_of_timm() -> None:
-    with np.load(GOLDEN / "timm-evaluation.npz") as file:
+def test_evaluation_is_that_of_timm_byte_for_byte() -> None:
+    with np.load(GOLDEN / "processor-timm.npz") as file:
         expected = {name: file[name] for name in file.files}
     table = expected.pop("lut")  # pixel_values[c] = table[c][bytes[c]]
-    assert len(expected) > 10
+    assert len(expected) > 20
     for name, theirs in expected.items():
-        picture, size, crop_ratio = name.split("|")
+        kind, picture, size, crop_ratio = name.split("|")
+        every = 3 if kind == "u8_every3" else 1
         spec = ImageSpec(size=(int(size), int(size)), crop_ratio=float(crop_ratio))
         with Image.open(GOLDEN / "images" / picture) as image:
-            array = np.asarray(image.convert("RGB"))
-        ours = resize_and_crop(array, spec).transpose(2, 0, 1)[:, ::3, ::3]
+            array = np.asarray(image.convert("RGB"))  # timm leaves pictures as their camera lay
+        ours = resize_and_crop(array, spec).transpose(2, 0, 1)[:, ::every, ::every]
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
         values = np.stack([table[c][theirs[c]] for c in range(3)])
-        np.testing.assert_allclose(preprocess(array, spec)[:, ::3, ::3], values, atol=2e-6, err_msg=name)
+        prepared = preprocess(array, spec)[:, ::every, ::every]
+        np.testing.assert_allclose(prepared, values, atol=2e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(("height", "width"), [*sizes(40), (1, 1), (1, 300), (300, 1), (3, 299)])
@@ -332,6 +668,19 @@ def test_a_picture_of_the_right_size_is_left_as_it_is() -> None:
 def test_original_rule_crops_below_384_pixels_and_not_from_there_on() -> None:
     assert [unilm_spec(size).crop_ratio for size in (32, 224, 383, 384, 512)] == [0.875] * 3 + [1.0] * 2
     assert unilm_spec(384) == ImageSpec(size=(384, 384), crop_ratio=1.0, mean=HALF, std=HALF)
+
+
+def test_timms_rule_crops_less() -> None:
+    assert [timm_spec(size).crop_ratio for size in (224, 383, 384, 512)] == [0.9, 0.9, 1.0, 1.0]
+    assert [timm_spec(size, large_v2=True).crop_ratio for size in (224, 384)] == [0.95, 1.0]
+    assert timm_spec(224) == ImageSpec((224, 224), "short_side", "bicubic", 0.9, HALF, HALF)
+
+
+@pytest.mark.parametrize("preset", [unilm_spec, timm_spec, transformers_spec])
+def test_every_preset_takes_the_statistics_of_the_weights(preset: Callable[..., ImageSpec]) -> None:
+    assert (preset(224).mean, preset(224).std) == (HALF, HALF)
+    spec = preset(224, IMAGENET_MEAN, IMAGENET_STD)
+    assert (spec.mean, spec.std) == (IMAGENET_MEAN, IMAGENET_STD)
 
 
 # --- transformers --------------------------------------------------------------------------------
@@ -371,3 +720,121 @@ def test_saved_processor_prepares_pictures_as_we_do(resize: str, filter_name: st
             shifted += 1
     assert equal > 15
     assert resize == "squash" or shifted > 0
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_transformers_preset_is_the_processor_of_the_published_folders(size: int) -> None:
+    """Their preprocessor_config.json says: size, no centre crop, resample 2, statistics 0.5."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    processor = transformers.BeitImageProcessorPil(
+        size={"height": size, "width": size},
+        resample=2,
+        do_center_crop=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    for number, (height, width) in enumerate(sizes(8)):
+        image = noise(height, width, number)
+        theirs = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
+        np.testing.assert_array_equal(preprocess(image, transformers_spec(size)), theirs)
+
+
+# --- Every door ----------------------------------------------------------------------------------
+
+
+def odd_pictures() -> dict[str, bytes]:
+    """Some two hundred files: every mode and format in odd sizes, every orientation, several frames."""
+    found: dict[str, bytes] = {}
+    for number, (height, width) in enumerate([(1, 1), (1, 5000), (5000, 1), (3, 7), (31, 17), (64, 64)]):
+        rgb = Image.fromarray(noise(height, width, number))
+        palette, clear = rgb.quantize(16), rgb.convert("RGBA")
+        clear.putalpha(Image.fromarray(noise(height, width, 99)[..., 0]))
+        deep = np.random.default_rng(number).integers(0, 65536, (height, width), dtype=np.uint16)
+        sixteen = Image.fromarray(deep)
+        wide, real = (Image.fromarray(deep.astype(kind)) for kind in (np.int32, np.float32))
+        modes = {mode: rgb.convert(mode) for mode in ("1", "L", "CMYK", "RGB", "YCbCr")}
+        modes |= {
+            "P": palette,
+            "RGBA": clear,
+            "LA": clear.convert("LA"),
+            "I;16": sixteen,
+            "I": wide,
+            "F": real,
+        }
+        kinds = {
+            "png": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+            "tiff": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"),
+            "jpeg": ("L", "RGB", "CMYK", "YCbCr"),
+            "bmp": ("1", "L", "P", "RGB", "RGBA"),
+            "ppm": ("1", "L", "RGB", "I"),
+            "webp": ("RGB", "RGBA"),
+            "avif": ("RGB", "RGBA"),
+            "gif": ("L", "P"),
+        }
+        for kind, names in kinds.items():
+            for mode in names:
+                name = f"{height}x{width}-{mode.replace(';', '')}.{kind}"
+                found[name] = encoded(modes[mode], kind)
+        levels = bytes(range(0, 256, 16))
+        found[f"{height}x{width}-clear.png"] = encoded(palette, "PNG", transparency=levels)
+        for kind in ("gif", "png", "webp", "tiff"):
+            content = encoded(rgb, kind, save_all=True, append_images=[rgb.rotate(180)])
+            found[f"{height}x{width}-frames.{kind}"] = content
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[274] = orientation
+        for kind in ("jpeg", "png", "webp", "tiff"):
+            content = encoded(Image.fromarray(noise(21, 34)), kind, exif=exif)
+            found[f"exif{orientation}.{kind}"] = content
+    return found
+
+
+def test_every_door_shows_a_network_the_same_pixels(tmp_path: Path) -> None:
+    """Path, bytes, opened, Pillow, loader, classify, and the exported preprocessing: bit for bit."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    import torch
+
+    from beit.configs import describe_processor
+    from beit.data import open_source
+    from beit.engine import Engine
+    from beit.model import BeitConfig, BeitForImageClassification
+
+    pictures = odd_pictures()
+    assert len(pictures) >= 200
+    for name, content in pictures.items():
+        (tmp_path / name).write_bytes(content)
+    paths = sorted(tmp_path.iterdir())
+
+    spec = transformers_spec(16, IMAGENET_MEAN, IMAGENET_STD)
+    shape: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    model = BeitForImageClassification(BeitConfig(**shape, num_classes=2))
+    model.image_spec = spec
+    described = describe_processor(spec)
+    described.pop("image_processor_type")
+    processor = transformers.BeitImageProcessorPil(**described)
+
+    source = open_source(tmp_path)
+    assert len(source) == len(paths)
+    shown: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
+    engine = Engine(model, device="cpu")
+    answers = list(engine.classify([str(path) for path in paths]))
+    assert [answer.error for answer in answers] == [None] * len(paths)
+    seen = torch.cat(shown).numpy()
+
+    for number, path in enumerate(paths):
+        image = read_image(path)
+        for other in (
+            read_image(pictures[path.name]),
+            open_image(path).read(),
+            source.read(number),
+            read_image(Image.open(io.BytesIO(pictures[path.name]))),
+        ):
+            np.testing.assert_array_equal(other, image, err_msg=path.name)
+        with warnings.catch_warnings(), Image.open(path) as opened:
+            warnings.simplefilter("ignore")
+            if opened.mode[0] not in "IF":
+                theirs = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+                np.testing.assert_array_equal(image, theirs, err_msg=path.name)
+        exported = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
+        np.testing.assert_array_equal(seen[number], exported, err_msg=path.name)

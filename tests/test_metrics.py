@@ -1,4 +1,4 @@
-"""Accuracy, confusion, codebook use and PSNR, against closed forms and scikit-learn."""
+"""Accuracy, confusion, calibration, codebook use, against closed forms, scipy and scikit-learn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ import math
 import numpy as np
 import pytest
 
-from beit.metrics import codebook_use, confusion_matrix, psnr, top_k_accuracy
+from beit.metrics import (
+    bootstrap_interval,
+    calibration,
+    codebook_use,
+    confusion_matrix,
+    most_confused,
+    negative_log_likelihood,
+    psnr,
+    real_accuracy,
+    top_k_accuracy,
+    top_k_right,
+)
 
 LOGITS = np.array([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0], [1.0, 3.0, 2.0, 0.0]])
 
@@ -45,6 +56,90 @@ def test_confusion_is_that_of_scikit_learn() -> None:
     labels, predicted = rng.integers(0, 7, 300), rng.integers(0, 7, 300)
     theirs = ranking.confusion_matrix(labels, predicted, labels=np.arange(7))
     np.testing.assert_array_equal(confusion_matrix(predicted, labels, 7), theirs)
+
+
+def test_most_confused_pairs_come_in_their_order_without_the_right_answers() -> None:
+    confusion = np.array([[9, 2, 0], [5, 9, 0], [1, 0, 9]])
+    assert most_confused(confusion) == [(1, 0, 5), (0, 1, 2), (2, 0, 1)]
+    assert most_confused(confusion, most=1) == [(1, 0, 5)]
+    assert most_confused(np.diag([3, 4])) == []
+
+
+def test_accuracy_is_the_mean_of_the_right_ones() -> None:
+    assert top_k_right(LOGITS, np.array([0, 2, 0]), 1).tolist() == [True, False, False]
+    assert top_k_right(LOGITS, np.array([0, 2, 0]), 2).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(("right", "n"), [(90, 100), (499, 1000), (3, 15)])
+def test_bootstrap_interval_is_the_binomials(right: int, n: int) -> None:
+    """Resampling n of n answers counts the right ones of a binomial of their share."""
+    stats = pytest.importorskip("scipy.stats")
+    low, high = bootstrap_interval(np.arange(n) < right)
+    expected = stats.binom.ppf([0.025, 0.975], n, right / n) / n
+    assert [low, high] == pytest.approx(expected.tolist(), abs=1.01 / n)  # a picture
+
+
+def test_bootstrap_interval_is_that_of_resampling() -> None:
+    right = np.arange(200) < 150
+    rng = np.random.default_rng(1)
+    means = right[rng.integers(0, 200, (20_000, 200))].mean(axis=1)
+    assert bootstrap_interval(right) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.0051)
+
+
+def test_interval_of_what_is_all_right_is_all_right() -> None:
+    assert bootstrap_interval(np.ones(10, dtype=bool)) == (1.0, 1.0)
+
+
+def of_probabilities(rows: list[list[float]]) -> np.ndarray:
+    return np.log(np.array(rows)).astype(np.float32) + 5  # a constant changes no probability
+
+
+def test_likelihood_of_given_probabilities() -> None:
+    logits = of_probabilities([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]])
+    expected = -(math.log(0.7) + math.log(0.25)) / 2
+    assert negative_log_likelihood(logits, np.array([0, 1])) == pytest.approx(expected)
+
+
+def test_likelihood_is_scikit_learns_and_finite_for_huge_logits() -> None:
+    ranking = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(100, 5)), rng.integers(0, 5, 100)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    theirs = ranking.log_loss(labels, probabilities, labels=np.arange(5))
+    assert negative_log_likelihood(logits, labels) == pytest.approx(theirs)
+    huge = np.array([[1e4, 0.0], [0.0, 1e4]], dtype=np.float32)
+    assert negative_log_likelihood(huge, np.array([0, 0])) == pytest.approx(5000)
+
+
+def test_calibration_error_by_hand() -> None:
+    """Sure 0.9, 0.91 and 0.59; right, wrong, right: two bins of fifteen."""
+    logits = of_probabilities([[0.9, 0.1], [0.91, 0.09], [0.41, 0.59]])
+    found = calibration(logits, np.array([0, 1, 1]))
+    assert np.flatnonzero(found.counts).tolist() == [8, 13]
+    assert found.counts[[8, 13]].tolist() == [1, 2]
+    assert found.confidence[[8, 13]] == pytest.approx([0.59, 0.905])
+    assert found.accuracy[[8, 13]].tolist() == [1.0, 0.5]
+    assert found.error == pytest.approx((1 * 0.41 + 2 * 0.405) / 3)
+
+
+def test_a_bin_holds_its_upper_edge_and_certainty_is_in_the_last() -> None:
+    found = calibration(of_probabilities([[0.6, 0.4], [1 - 1e-30, 1e-30]]), np.array([0, 0]), bins=4)
+    assert found.counts.tolist() == [0, 0, 1, 1]
+    edge = calibration(np.zeros((3, 2)), np.array([0, 0, 1]), bins=2)  # exactly one half
+    assert edge.counts.tolist() == [3, 0]
+    assert edge.error == pytest.approx(abs(2 / 3 - 1 / 2))
+
+
+def test_answers_drawn_from_the_probabilities_are_calibrated() -> None:
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(4), 40_000)
+    labels = (probabilities.cumsum(axis=1) < rng.random((40_000, 1))).sum(axis=1)
+    assert calibration(np.log(probabilities), labels).error < 0.01
+    assert calibration(5 * np.log(probabilities), labels).error > 0.1  # too sure
+
+
+def test_real_labels_accept_any_of_several_and_leave_out_pictures_without() -> None:
+    assert real_accuracy(np.array([3, 1, 2, 0]), [[1, 3], [2], [], [0]]) == 2 / 3
 
 
 @pytest.mark.parametrize(("equal", "of"), [(1, 1), (1, 8), (5, 8), (8, 8)])

@@ -23,12 +23,15 @@ from beit.model import (
     BeitForMaskedImageModeling,
 )
 from beit.optim import (
+    EMA,
+    adamw,
     cosine_schedule,
     has_weight_decay,
     layer_id,
     layer_scale,
     param_groups,
     set_learning_rate,
+    update,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -175,9 +178,7 @@ def test_four_training_steps_are_those_of_the_original_engine() -> None:
     expected, says = golden_run()
     model = BeitForMaskedImageModeling(RUN)
     model.load_state_dict(load_file(GOLDEN / "unilm-v1-pretrain-shared.safetensors"))
-    optimizer = torch.optim.AdamW(
-        param_groups(model.train(), says["weight_decay"]), lr=says["lr"], betas=tuple(says["betas"])
-    )
+    optimizer = adamw(param_groups(model.train(), says["weight_decay"]), says["lr"], says["betas"])
     total = says["epochs"] * says["steps_per_epoch"]
     warmup = says["warmup_epochs"] * says["steps_per_epoch"]
     for number in range(4):
@@ -187,10 +188,8 @@ def test_four_training_steps_are_those_of_the_original_engine() -> None:
         labels = torch.from_numpy(expected["step_labels"][number])[mask]
         logits = model(torch.from_numpy(expected["step_inputs"][number]), mask)
         loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), says["clip_grad"])
-        optimizer.step()
+        norm = update(optimizer, loss, says["clip_grad"]).norm
         accuracy = (logits.argmax(dim=-1) == labels).float().mean()
         assert lr == pytest.approx(expected["log_lr"][number], rel=1e-12)
         assert loss.item() == pytest.approx(expected["log_loss"][number], abs=1e-5)
@@ -217,3 +216,107 @@ def test_the_four_steps_of_the_original_moved_the_weights() -> None:
     final = load_file(GOLDEN / "unilm-v1-pretrain-run.safetensors")
     for name in ("patch_embed.proj.weight", "mask_token", "lm_head.weight", "norm.weight"):
         assert float((start[name] - final[name]).abs().max()) > 3e-3, name
+
+
+# --- Update --------------------------------------------------------------------------------------
+
+
+def one_update(poison: str = "", clip: float = 0.5) -> tuple[nn.Module, Any, Any]:
+    """Two good steps of a small model, and a third that may be poisoned, with real updates."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    optimizer = adamw(list(model.parameters()), lr=0.1, weight_decay=0.1)
+    for step in range(3):
+        before = (
+            [p.detach().clone() for p in model.parameters()],
+            [{k: v.clone() for k, v in optimizer.state[p].items()} for p in model.parameters()],
+        )
+        loss = model(torch.full((4, 3), 1.0 + step)).square().sum()
+        loss.backward()
+        if step == 2 and poison == "loss":
+            loss = loss * math.nan
+        elif step == 2 and poison:
+            assert model[2].weight.grad is not None
+            model[2].weight.grad[1, 2] = float(poison)
+        state = update(optimizer, loss, clip)
+    return model, (optimizer, before), state
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize("poison", ["loss", "nan", "inf", "-inf"])
+def test_an_update_that_is_not_finite_moves_not_a_bit(poison: str, clip: float) -> None:
+    model, (optimizer, (weights, moments)), state = one_update(poison, clip)
+    assert state.skipped.item() == 1
+    for parameter, weight, before in zip(model.parameters(), weights, moments, strict=True):
+        assert torch.equal(parameter, weight)
+        assert before["step"].item() == 2
+        for key, value in optimizer.state[parameter].items():
+            assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
+def test_a_finite_update_is_torchs_own(clip: float) -> None:
+    model, (optimizer, _), state = one_update(clip=clip)
+    assert state.skipped.item() == 0
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    plain = torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.1, fused=True)
+    for step in range(3):
+        plain.zero_grad()
+        theirs(torch.full((4, 3), 1.0 + step)).square().sum().backward()
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), clip or math.inf)
+        plain.step()
+    assert torch.equal(state.norm, norm)
+    for one, other in zip(model.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert one.grad is None
+    assert not hasattr(optimizer, "found_inf")
+
+
+def test_an_update_without_any_before_it_can_be_left_out() -> None:
+    """The very first step: moments appear, as zeros."""
+    layer = nn.Linear(2, 2)
+    before = layer.weight.detach().clone()
+    optimizer = adamw(list(layer.parameters()), lr=0.1)
+    loss = layer(torch.full((1, 2), math.nan)).sum()
+    loss.backward()
+    update(optimizer, loss)
+    assert torch.equal(layer.weight, before)
+    assert all(not value.any() for state in optimizer.state.values() for value in state.values())
+
+
+# --- Average -------------------------------------------------------------------------------------
+
+
+def test_average_follows_the_closed_form_and_leaves_integers_alone() -> None:
+    model = nn.BatchNorm1d(3)
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(6, 3)).astype(np.float32)
+
+    def become(row: np.ndarray) -> None:
+        with torch.no_grad():
+            model.weight.copy_(torch.from_numpy(row))
+            model.running_mean.copy_(torch.from_numpy(2 * row))
+            model.num_batches_tracked += 1
+
+    become(rows[0])
+    average = EMA(model, 0.9)
+    for row in rows[1:]:
+        become(row)
+        average.update(model)
+    shares = np.array([0.9**5, *(0.1 * 0.9 ** (5 - i) for i in range(1, 6))])
+    expected = (shares[:, None] * rows.astype(np.float64)).sum(axis=0)
+    np.testing.assert_allclose(average.tensors["weight"], expected, rtol=1e-5)
+    np.testing.assert_allclose(average.tensors["running_mean"], 2 * expected, rtol=1e-5)
+    assert "num_batches_tracked" not in average.tensors
+    other = nn.BatchNorm1d(3)
+    average.copy_to(other)
+    assert torch.equal(other.weight, average.tensors["weight"])
+    assert other.num_batches_tracked == 0
+    np.testing.assert_array_equal(model.weight.detach(), rows[-1])  # the model keeps its own
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, -0.1, 1.5])
+def test_an_average_of_nothing_is_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match=r"is not between 0 and 1; 0\.9999 is usual"):
+        EMA(nn.Linear(1, 1), decay)

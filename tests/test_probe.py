@@ -1,4 +1,4 @@
-"""The linear probe, against scikit-learn's logistic regression and closed forms."""
+"""The probes, against scikit-learn, torch's own attention and closed forms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit.probe import PENALTIES, LinearProbe, fit_best_probe, fit_probe
+import beit.probe
+from beit.probe import (
+    DRAWS,
+    PENALTIES,
+    STUDENT_T,
+    AttentiveProbe,
+    LinearProbe,
+    duplicates,
+    few_shot,
+    fit_attentive,
+    fit_best_probe,
+    fit_probe,
+    fit_probes,
+    knn_scores,
+    likely_label_errors,
+    out_of_fold,
+    pixel_hash,
+)
 
 
 def clusters(count: int, seed: int = 0, dims: int = 12, classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -66,7 +83,7 @@ def test_a_constant_feature_does_no_harm() -> None:
     x[:, 3] = 1e4
     probe = fit_probe(x, y, 4, 1.0)
     assert torch.isfinite(probe.logits(x)).all()
-    assert not probe.weight[:, 3].any()
+    assert float(probe.weight[:, 3].abs().max()) < 1e-12
 
 
 def test_a_stronger_penalty_gives_smaller_weights_and_in_the_end_the_largest_class() -> None:
@@ -121,3 +138,201 @@ def test_fitting_needs_no_gradients_around_it() -> None:
         probe = fit_probe(x, y, 4, 1.0)
     assert probe.weight.any()
     assert not probe.weight.requires_grad
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Real features: scikit-learn's handwritten digits; 1,197 to fit on, 600 to score."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = (torch.from_numpy(a) for a in datasets.load_digits(return_X_y=True))
+    return x[:1197], y[:1197].long(), x[1197:], y[1197:].long()
+
+
+def test_on_real_features_every_penalty_scores_as_in_scikit_learn() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y, test_x, test_y = digits()
+    strengths = [penalty * len(x) for penalty in PENALTIES]
+    mean, std = x.mean(dim=0), x.std(dim=0, correction=0).clamp_min(1e-8)
+    for probe, penalty in zip(fit_probes(x, y, 10, strengths), strengths, strict=True):
+        theirs = linear_model.LogisticRegression(C=1 / penalty, max_iter=20_000, tol=1e-7)
+        theirs.fit(((x - mean) / std).numpy(), y)
+        accuracy = theirs.score(((test_x - mean) / std).numpy(), test_y)
+        assert probe.accuracy(test_x, test_y) == pytest.approx(accuracy, abs=0.002)
+
+
+def test_with_fewer_pictures_than_features_it_is_still_scikit_learns() -> None:
+    """The weights are found in the span of the pictures."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y = clusters(30, dims=80)
+    ours = fit_probe(x, y, 4, 2.0)
+    standard = ((x - x.mean(dim=0)) / x.std(dim=0, correction=0)).numpy()
+    theirs = linear_model.LogisticRegression(C=1 / 2, max_iter=10_000, tol=1e-10).fit(standard, y)
+    np.testing.assert_allclose(ours.weight.numpy(), theirs.coef_, atol=1e-4)
+
+
+def test_several_penalties_at_once_are_each_alone() -> None:
+    x, y = clusters(200)
+    for together, penalty in zip(fit_probes(x, y, 4, (0.1, 100.0, 3.0)), (0.1, 100.0, 3.0), strict=True):
+        alone = fit_probe(x, y, 4, penalty)
+        assert together.penalty == penalty
+        torch.testing.assert_close(together.weight, alone.weight, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_features_that_are_read_in_blocks_give_the_same_probe(
+    monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    x, y = clusters(200)
+    whole = fit_probe(x, y, 4, 3.0)
+    monkeypatch.setattr(beit.probe, "_BLOCK", 12 * 7)
+    monkeypatch.setattr(beit.probe, "_KEPT", kept)
+    blocks = fit_probe(x, y, 4, 3.0)
+    torch.testing.assert_close(blocks.weight, whole.weight, atol=1e-6, rtol=0)
+    assert torch.equal(blocks.predict(x), whole.predict(x))
+
+
+@pytest.mark.parametrize("k", [1, 20])
+def test_nearest_neighbours_are_scikit_learns(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    x, y, test_x, test_y = digits()
+    theirs = neighbors.KNeighborsClassifier(
+        k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(x, y)
+    expected = theirs.predict_proba(test_x)
+    monkeypatch.setattr(beit.probe, "_BLOCK", 1197 * 50)  # twelve blocks
+    scores = knn_scores((x, y), test_x, 10, k)
+    shares = scores / scores.sum(dim=1, keepdim=True)
+    np.testing.assert_allclose(shares.numpy(), expected, atol=1e-4)
+    accuracy = float((scores.argmax(dim=1) == test_y).double().mean())
+    assert accuracy == pytest.approx(theirs.score(test_x, test_y), abs=0.002)
+    assert 0.9 < accuracy < 1
+
+
+def test_with_fewer_pictures_than_neighbours_all_vote() -> None:
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 3.0]])
+    (votes,) = knn_scores((x, torch.tensor([0, 1, 1])), torch.tensor([[5.0, 0.0]]), 3)
+    expected = [1.0, 2 * math.exp(-1 / 0.07), 0.0]  # relative to a vote of cosine 1
+    assert votes.tolist() == pytest.approx(expected)
+
+
+def attentive(classes: int = 3, heads: int = 2, width: int = 8) -> AttentiveProbe:
+    torch.manual_seed(0)
+    probe = AttentiveProbe(torch.randn(width), torch.rand(width) + 0.5, heads, classes)
+    for parameter in probe.parameters():
+        torch.nn.init.normal_(parameter)
+    return probe
+
+
+@torch.no_grad()
+def test_attentive_probe_is_torchs_attention_with_learned_queries() -> None:
+    probe, tokens = attentive(), torch.randn(4, 5, 8)
+    x = ((tokens - probe.mean) / probe.std)[:, None].expand(-1, 2, -1, -1)
+    query = probe.query[None, :, None].expand(4, -1, -1, -1)
+    seen = torch.nn.functional.scaled_dot_product_attention(query, x, x)[:, :, 0]
+    values = torch.cat([seen[:, head] @ probe.value[head] for head in range(2)], dim=1)
+    torch.testing.assert_close(probe(tokens), probe.head(values))
+
+
+def test_attention_finds_the_token_that_a_mean_drowns() -> None:
+    """One token of 40, anywhere, is marked and tells the class; the others are noise."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pictures(count: int) -> tuple[Tensor, Tensor]:
+        tokens = 2 * torch.randn(count, 40, 8, generator=generator)
+        tokens[..., 0] = 0
+        labels = torch.randint(2, (count,), generator=generator)
+        place = torch.randint(40, (count,), generator=generator)
+        tokens[torch.arange(count), place] = 0
+        tokens[torch.arange(count), place, 0] = 8
+        tokens[torch.arange(count), place, 1] = 4.0 * (2 * labels - 1)
+        return tokens, labels
+
+    (tokens, labels), (test_tokens, test_labels) = pictures(600), pictures(300)
+    probe = fit_attentive(tokens, labels, 2, num_heads=2, lr=1e-2)
+    attended = float((probe.predict(test_tokens) == test_labels).double().mean())
+    line = fit_probe(tokens.mean(dim=1), labels, 2, 1.0)
+    assert attended > 0.95
+    assert line.accuracy(test_tokens.mean(dim=1), test_labels) < 0.75
+
+
+def test_same_seed_gives_the_same_attentive_probe() -> None:
+    tokens, labels = torch.randn(50, 6, 8), torch.randint(3, (50,))
+    one, same, other = (fit_attentive(tokens, labels, 3, 2, 1e-3, seed) for seed in (1, 1, 2))
+    assert torch.equal(one(tokens), same(tokens))
+    assert not torch.equal(one(tokens), other(tokens))
+
+
+def test_few_shots_of_all_pictures_are_the_linear_probe_of_penalty_one() -> None:
+    train, test = clusters(80), clusters(300, seed=1)
+    found = few_shot(train, test, 4, shots=80)
+    accuracy = fit_probe(*train, 4, 1.0).accuracy(*test)
+    assert found == (80, pytest.approx(accuracy), pytest.approx((accuracy, accuracy)))
+
+
+def test_more_shots_are_better_and_the_interval_is_students() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    assert pytest.approx(stats.t.ppf(0.975, DRAWS - 1), abs=1e-3) == STUDENT_T
+    train, test = clusters(400), clusters(300, seed=1)
+    one, five, ten = (few_shot(train, test, 4, shots, seed=3) for shots in (1, 5, 10))
+    assert one.accuracy < five.accuracy < ten.accuracy
+    for found in (one, five, ten):
+        low, high = found.interval
+        assert low < found.accuracy < high
+        assert (low + high) / 2 == pytest.approx(found.accuracy)
+    assert one == few_shot(train, test, 4, 1, seed=3)
+    assert one != few_shot(train, test, 4, 1, seed=4)
+
+
+def test_few_shot_interval_covers_the_mean_of_many_draws() -> None:
+    train, test = clusters(400), clusters(300, seed=1)
+    found = [few_shot(train, test, 4, 5, seed=seed) for seed in range(20)]
+    mean = float(np.mean([f.accuracy for f in found]))
+    covered = sum(f.interval[0] <= mean <= f.interval[1] for f in found)
+    assert covered >= 16  # 95 % of 20 are 19; fewer than 16 happen once in 400
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_flipped_labels_come_first_in_the_review_and_their_class_is_suggested(seed: int) -> None:
+    x, y, test_x, test_y = digits()
+    x, truth = torch.cat([x, test_x]), torch.cat([y, test_y])
+    rng = np.random.default_rng(seed)
+    flipped = torch.from_numpy(rng.permutation(len(truth))[: len(truth) // 20])
+    labels = truth.clone()
+    labels[flipped] = (truth[flipped] + torch.from_numpy(rng.integers(1, 10, len(flipped)))) % 10
+    order, suggestion = likely_label_errors(x, labels, 10)
+    assert sorted(order.tolist()) == list(range(len(truth)))
+    first = order[: len(order) // 10]
+    assert float(torch.isin(flipped, first).double().mean()) >= 0.8
+    assert float((suggestion[flipped] == truth[flipped]).double().mean()) >= 0.8
+
+
+def test_out_of_fold_probabilities_do_not_know_the_label() -> None:
+    """With labels of pure chance, a probe that has seen a picture names it, and one that has not cannot."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(300, 300, generator=generator), torch.randint(2, (300,), generator=generator)
+    assert fit_probe(x, y, 2, 0.1).accuracy(x, y) == 1.0
+    probability = out_of_fold(x, y, 2)
+    torch.testing.assert_close(probability.sum(dim=1), torch.ones(300, dtype=torch.float64))
+    right = float((probability.argmax(dim=1) == y).double().mean())
+    assert abs(right - 0.5) < 0.12  # four standard deviations
+
+
+def test_a_class_of_one_picture_gets_probabilities_too() -> None:
+    x, y = clusters(40, classes=3)
+    y[0] = 3
+    probability = out_of_fold(x, y, 4)
+    assert torch.isfinite(probability).all()
+    assert int(likely_label_errors(x, y, 4)[0][0]) == 0  # no other looks like it
+
+
+def test_equal_pixels_have_equal_hashes_and_another_shape_has_not() -> None:
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    other = image.copy()
+    other[0, 0, 0] += 1
+    assert pixel_hash(image) == pixel_hash(np.asfortranarray(image))
+    assert len({pixel_hash(image), pixel_hash(other), pixel_hash(image.reshape(4, 2, 3))}) == 3
+
+
+def test_duplicates_are_grouped_in_order() -> None:
+    hashes = [b"a", b"b", b"c", b"b", b"a", b"b"]
+    assert duplicates(hashes) == [[0, 4], [1, 3, 5]]
+    assert duplicates([b"a", b"b"]) == []

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +26,11 @@ from torch import Tensor, nn
 import beit.atomic
 import beit.run
 from beit.atomic import write_atomically
+from beit.optim import EMA, adamw, update
 from beit.run import (
     FREE_SETTINGS,
     CannotWrite,
+    NotFinite,
     Progress,
     Run,
     RunError,
@@ -32,9 +39,11 @@ from beit.run import (
     load_optimizer_tensors,
     optimizer_tensors,
     read_metrics,
-    stop_signals,
+    step_seed,
     to_toml,
 )
+from beit.snapshots import DTYPES, write_tensors
+from beit.stop import stop_at_once, stop_signals
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,7 +67,7 @@ class Settings:
 
 @dataclass
 class Training:
-    """Dropout and batch norm, so that draws and buffers count; stops where it is told to."""
+    """Dropout and batch norm, so that draws and buffers count; stops or is poisoned where told to."""
 
     run: Run
     stop_after: int = 1000
@@ -66,34 +75,52 @@ class Training:
     seed: int = 5
     total: int = 12
     signal_number: int | None = None
+    poison: Callable[[Training, Tensor], float] | None = None  # gives what the loss is multiplied by
+    poison_steps: set[int] = field(default_factory=set)
+    left_out: int = -1  # a step whose update is not made
+    frame: dict[str, Any] = field(default_factory=dict)  # more for `steps`
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(
             nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 3)
         )
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.optimizer = adamw(list(self.model.parameters()), lr=0.01)
+        self.ema = EMA(self.model, 0.9)
 
     def batches(self, steps: range) -> Iterator[Tensor]:
         for step in steps:
             yield torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
 
     def go(self) -> dict[str, Tensor]:
-        loop = self.run.steps(
-            self.model, self.optimizer, self.total, self.batches, save_every=4, seed=self.seed
-        )
+        options = {"save_every": 4, "seed": self.seed, "ema": self.ema, **self.frame}
+        loop = self.run.steps(self.model, self.optimizer, self.total, self.batches, **options)
         for step, batch in loop:
             if step == self.stop_after:
                 if self.signal_number is None:
                     raise PowerCut
                 signal.raise_signal(self.signal_number)
-            loss = F.cross_entropy(self.model(batch), torch.arange(6) % 3)
-            self.optimizer.zero_grad()
+            factor = 1.0
+            if self.poison is not None and step in self.poison_steps:
+                factor = self.poison(self, batch)
+            loss = F.cross_entropy(self.model(batch), torch.arange(6) % 3) * factor
             loss.backward()
-            self.optimizer.step()
+            if step != self.left_out:
+                update(self.optimizer, loss, clip_grad_norm=1.0)
+            self.optimizer.zero_grad()
             self.seen.append(step)
             self.run.log(step + 1, loss=loss.item())
-        return self.model.state_dict()
+        return self.everything
+
+    @property
+    def everything(self) -> dict[str, Tensor]:
+        """Weights, buffers, moments, counters and average, by name."""
+        files = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_tensors(self.model, self.optimizer),
+            "ema": self.ema.tensors,
+        }
+        return {f"{file}.{name}": t.clone() for file, ts in files.items() for name, t in ts.items()}
 
 
 class PowerCut(Exception):
@@ -105,12 +132,10 @@ def train(folder: Path, **options: Any) -> Training:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], str, Tensor]:
-    """Final weights, metrics and optimiser moments of a run that nothing stopped."""
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], str]:
+    """All numbers, and the metrics, of a run that nothing stopped."""
     training = train(tmp_path_factory.mktemp("unbroken") / "run")
-    weights = training.go()
-    moments = optimizer_tensors(training.model, training.optimizer)
-    return weights, training.run.metrics_file.read_text(), moments["exp_avg_sq.0.weight"]
+    return training.go(), training.run.metrics_file.read_text()
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -121,20 +146,18 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("stop_after", [3, 4, 7, 11])
 def test_resume_is_bit_exact(tmp_path: Path, unbroken: Any, stop_after: int) -> None:
-    """After a cut at any step: weights, buffers, moments and metrics are those of an unbroken run."""
+    """After a cut at any step: weights, buffers, moments, averages and metrics of an unbroken run."""
     with pytest.raises(PowerCut):
         train(tmp_path / "run", stop_after=stop_after).go()
     second = train(tmp_path / "run")
     same(second.go(), unbroken[0])
     assert second.seen == list(range(stop_after // 4 * 4, 12))
-    moments = optimizer_tensors(second.model, second.optimizer)
-    assert torch.equal(moments["exp_avg_sq.0.weight"], unbroken[2])
     assert second.run.metrics_file.read_text() == unbroken[1]
 
 
 def test_another_seed_gives_other_weights(tmp_path: Path, unbroken: Any) -> None:
     other = train(tmp_path / "run", seed=6).go()
-    assert not torch.equal(other["0.weight"], unbroken[0]["0.weight"])
+    assert not torch.equal(other["model.0.weight"], unbroken[0]["model.0.weight"])
 
 
 def test_every_step_of_every_seed_begins_with_draws_of_its_own(tmp_path: Path) -> None:
@@ -175,12 +198,14 @@ def test_two_newest_checkpoints_are_kept_and_the_last_step_is_one(tmp_path: Path
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000008", "step-00000011"]
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints" / kept[0]).iterdir()) == [
-        "model.safetensors", "optimizer.safetensors", "state.json",
+        "SHA256SUMS", "ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("torn", ["model.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("how", ["half", "empty", "gone"])
+@pytest.mark.parametrize(
+    "torn", ["model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "SHA256SUMS"]
+)
+@pytest.mark.parametrize("how", ["half", "empty", "gone", "one bit"])
 def test_a_torn_checkpoint_gives_way_to_the_one_before(
     tmp_path: Path, unbroken: Any, capfd: pytest.CaptureFixture[str], torn: str, how: str
 ) -> None:
@@ -190,6 +215,9 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(
     content = file.read_bytes()
     if how == "gone":
         file.unlink()
+    elif how == "one bit":  # the last number's: all of its file can still be read
+        place = len(content) - (1 if torn.endswith(".safetensors") else 4)
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     else:
         file.write_bytes(content[: len(content) // 2] if how == "half" else b"")
     second = train(tmp_path / "run")
@@ -197,6 +225,8 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(
     assert second.seen[0] == 4
     assert "step-00000008 cannot be read" in capfd.readouterr().err
     assert second.run.metrics_file.read_text() == unbroken[1]
+    names = {p.name for p in second.run.checkpoints.iterdir()}
+    assert names == {"step-00000008", "step-00000012", "unreadable-step-00000008"}
 
 
 def test_without_a_readable_checkpoint_the_run_begins_again(tmp_path: Path, unbroken: Any) -> None:
@@ -223,8 +253,9 @@ def test_a_save_that_fails_leaves_the_old_checkpoints(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CannotWrite, match=r"No space left.*go on from step 4") as caught:
         training.go()
+    assert caught.value.exit_code == 6
     assert count == 1
     monkeypatch.undo()
     names = [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")]
@@ -252,6 +283,262 @@ def test_optimizer_state_goes_to_disk_and_back_by_name(tmp_path: Path) -> None:
     same(optimizer_tensors(fresh.model, fresh.optimizer), saved)
 
 
+def test_every_nth_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    frame = {"save_every": 1, "keep_last": 3, "keep_every": 5}
+    training = train(tmp_path / "run", frame=frame)
+    training.go()
+    steps = [int(p.name[-8:]) for p in sorted(training.run.checkpoints.iterdir())]
+    assert steps == [5, 10, 11, 12]
+
+
+def test_sums_are_those_of_the_ordinary_tool(tmp_path: Path) -> None:
+    training = train(tmp_path / "run", total=4)
+    training.go()
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"],
+        cwd=training.run.checkpoints / "step-00000004", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": OK") == 4
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any
+) -> None:
+    training = train(tmp_path / "run", stop_after=5)
+    with pytest.raises(PowerCut):
+        training.go()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=30_000))
+    with pytest.raises(CannotWrite) as caught:
+        train(tmp_path / "run").go()
+    assert "it needs 0.00 GB, and 0.00 GB are free. Make room there" in str(caught.value)
+    assert "go on from step 4" in str(caught.value)
+    assert [p.name for p in training.run.checkpoints.iterdir()] == ["step-00000004"]
+    monkeypatch.undo()
+    same(train(tmp_path / "run").go(), unbroken[0])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_a_disk_that_fills_while_a_checkpoint_is_written_costs_nothing(
+    tmp_path: Path, unbroken: Any
+) -> None:
+    import resource
+
+    training = train(tmp_path / "run", stop_after=5)
+    with pytest.raises(PowerCut):
+        training.go()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))  # bytes of any one file
+    try:
+        with pytest.raises(CannotWrite, match="File too large"):
+            train(tmp_path / "run").go()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in training.run.checkpoints.iterdir()] == ["step-00000004"]
+    same(train(tmp_path / "run").go(), unbroken[0])
+
+
+def test_moments_of_channels_last_weights_come_back_in_their_order(tmp_path: Path) -> None:
+    """A fused step walks weights and moments by address."""
+
+    def go(name: str, stop_after: int) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        model = model.to(memory_format=torch.channels_last)
+        optimizer = adamw(list(model.parameters()), lr=0.1)
+        run = Run(tmp_path / name, Settings())
+        for step, images in run.steps(
+            model, optimizer, 6, lambda steps: (torch.randn(2, 3, 4, 4) for _ in steps), 2, seed=1
+        ):
+            if step == stop_after:
+                break
+            loss = model(images.fill_(0.1 * step)).square().mean()
+            loss.backward()
+            update(optimizer, loss)
+        return model.state_dict()
+
+    go("broken", 3)
+    same(go("broken", 99), go("whole", 99))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_are_written_as_the_library_reads_them(tmp_path: Path, dtype: torch.dtype) -> None:
+    numbers = torch.arange(24).reshape(2, 3, 4) % 2 if dtype == torch.bool else torch.arange(24.0)
+    tensors = {
+        "a": numbers.to(dtype),
+        "b.ü": numbers.to(dtype).flatten()[::2],  # not contiguous
+        "scalar": torch.tensor(1).to(dtype),
+        "empty": torch.zeros(0, 3, dtype=dtype),
+        "other": torch.tensor([1, 2, 3], dtype=torch.uint8),
+        "wide": torch.tensor([1.5], dtype=torch.float64),
+    }
+    digest = write_tensors(tmp_path / "x.safetensors", tensors)
+    same(load_file(tmp_path / "x.safetensors"), {**tensors, "b.ü": tensors["b.ü"].contiguous()})
+    assert digest == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+
+
+# --- Numbers that are not finite -------------------------------------------------------------------
+
+
+def in_gradient(layer: int, value: float) -> Callable[[Training, Tensor], float]:
+    def poison(training: Training, batch: Tensor) -> float:
+        handle: Any = None
+
+        def spoil(gradient: Tensor) -> Tensor:
+            handle.remove()
+            gradient = gradient.clone()
+            gradient.view(-1)[0] = value
+            return gradient
+
+        handle = training.model[layer].weight.register_hook(spoil)
+        return 1.0
+
+    return poison
+
+
+def in_place(find: Callable[[Training, Tensor], Tensor], value: float) -> Callable[..., float]:
+    def poison(training: Training, batch: Tensor) -> float:
+        with torch.no_grad():
+            find(training, batch).view(-1)[0] = value
+        return 1.0
+
+    return poison
+
+
+def moment(key: str) -> Callable[[Training, Tensor], Tensor]:
+    return lambda training, batch: training.optimizer.state[training.model[0].weight][key]
+
+
+LEFT_OUT = {
+    "loss nan": lambda training, batch: math.nan,
+    "loss inf": lambda training, batch: math.inf,
+    "first gradient": in_gradient(0, math.nan),
+    "last gradient": in_gradient(4, -math.inf),
+}
+UNDONE = {
+    "input": in_place(lambda training, batch: batch, math.nan),  # which batch norm remembers
+    "weight": in_place(lambda training, batch: training.model[0].weight, math.nan),
+    "bias": in_place(lambda training, batch: training.model[4].bias, math.inf),
+    "exp_avg": in_place(moment("exp_avg"), math.nan),
+    "exp_avg_sq": in_place(moment("exp_avg_sq"), math.inf),
+    "buffer": in_place(lambda training, batch: training.model[1].running_var, math.nan),
+    "average": in_place(lambda training, batch: training.ema.tensors["0.weight"], math.nan),
+}
+
+
+@pytest.mark.parametrize("step", [5, 7, 11])
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_an_update_that_is_not_finite_is_left_out(tmp_path: Path, name: str, step: int) -> None:
+    """The run ends as one that never made this update, bit for bit."""
+    reference = train(tmp_path / "reference", left_out=step).go()
+    ours = train(tmp_path / "run", poison=LEFT_OUT[name], poison_steps={step}).go()
+    for key, value in reference.items():
+        if not key.startswith("ema."):  # which counts steps, not updates
+            assert torch.equal(value, ours[key]), key
+    state = json.loads((tmp_path / "run/checkpoints/step-00000012/state.json").read_text())
+    assert state == {"step": 12, "skipped": 1, "in_a_row": int(step == 11), "rolled_back": 0}
+
+
+@pytest.mark.parametrize("step", [5, 7, 11])
+@pytest.mark.parametrize("name", UNDONE)
+def test_what_is_poisoned_for_good_is_rolled_back(
+    tmp_path: Path, unbroken: Any, name: str, step: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Weights, moments, buffers or averages that are not finite reach no checkpoint."""
+
+    def once(training: Training, batch: Tensor) -> float:
+        training.poison_steps = set()
+        return UNDONE[name](training, batch)
+
+    training = train(tmp_path / "run", poison=once, poison_steps={step})
+    same(training.go(), unbroken[0])
+    assert training.run.metrics_file.read_text() == unbroken[1]
+    said = capfd.readouterr().err
+    assert f"not finite at step {min(12, step // 4 * 4 + 4)}; going back to step {step // 4 * 4}" in said
+    for file in training.run.checkpoints.glob("*/*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(file).values()), file
+    state = json.loads((training.run.checkpoints / "step-00000012" / "state.json").read_text())
+    assert state["rolled_back"] == 1
+
+
+def test_many_in_a_row_are_rolled_back_once_and_then_end_the_run(tmp_path: Path) -> None:
+    training = train(
+        tmp_path / "run", total=40, poison=lambda *_: math.nan, poison_steps=set(range(6, 40)),
+        frame={"max_skipped": 3, "save_every": 5},
+    )  # fmt: skip
+    with pytest.raises(NotFinite) as caught:
+        training.go()
+    assert training.seen == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8]
+    assert "3 updates in a row were not finite at step 9, and so they were from step 5" in str(
+        caught.value
+    )
+    assert "--out" in str(caught.value)
+    assert caught.value.exit_code == 1
+    assert [p.name for p in training.run.checkpoints.iterdir()] == ["step-00000005"]
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
+    training = train(
+        tmp_path / "run", poison=lambda *_: math.nan, poison_steps=set(range(12)),
+        frame={"max_skipped": 3},
+    )  # fmt: skip
+    with pytest.raises(NotFinite, match="there is no checkpoint to go back to"):
+        training.go()
+    assert training.seen == [0, 1, 2]
+
+
+def test_a_stop_with_poisoned_weights_keeps_the_good_checkpoint(tmp_path: Path, unbroken: Any) -> None:
+    def poison(training: Training, batch: Tensor) -> float:
+        signal.raise_signal(signal.SIGTERM)
+        return UNDONE["exp_avg"](training, batch)
+
+    with pytest.raises(Stopped, match="saved at step 4 of 12"):
+        train(tmp_path / "run", poison=poison, poison_steps={5}).go()
+    same(train(tmp_path / "run").go(), unbroken[0])
+
+
+def test_the_first_batch_that_is_not_finite_can_be_replayed(tmp_path: Path) -> None:
+    training = train(
+        tmp_path / "run", poison=UNDONE["input"], poison_steps={2, 6}, frame={"save_every": 100}
+    )
+    with pytest.raises(NotFinite):
+        training.go()
+    (folder,) = (tmp_path / "run" / "nonfinite").iterdir()
+    assert folder.name == "step-00000002"
+    told = json.loads((folder / "batch-0.json").read_text())
+    batch = load_file(folder / "batch-0.safetensors")["batch"]
+    again = train(tmp_path / "again")
+    again.model.load_state_dict(load_file(folder / "model.safetensors"))
+    torch.manual_seed(told["torch_seed"])
+    assert told["torch_seed"] == step_seed(5, 2)
+    assert F.cross_entropy(again.model(batch), torch.arange(6) % 3).isnan()
+    clean = next(again.batches(range(2, 3)))
+    assert torch.equal(batch.flatten()[1:], clean.flatten()[1:])
+
+
+def test_a_batch_of_any_kind_is_captured_by_name(tmp_path: Path) -> None:
+    class Batch(NamedTuple):
+        views: list[np.ndarray]
+        names: tuple[str, ...]
+        mask: dict[str, Tensor]
+
+    model = nn.Linear(2, 2)
+    optimizer = adamw(list(model.parameters()), lr=0.1)
+    run = Run(tmp_path / "run", Settings())
+    views = [np.arange(6, dtype=np.uint8).reshape(2, 3), np.ones((1, 1), np.uint8)]
+    batch = Batch(views, ("a", "é"), {"left": torch.tensor([True])})
+    for _ in run.steps(model, optimizer, 1, lambda steps: [batch], 10, seed=0):
+        loss = model(torch.ones(1, 2)).sum() * math.nan
+        loss.backward()
+        update(optimizer, loss)
+    folder = run.out / "nonfinite" / "step-00000000"
+    tensors = load_file(folder / "batch-0.safetensors")
+    assert tensors.keys() == {"views.0", "views.1", "mask.left"}
+    np.testing.assert_array_equal(tensors["views.0"].numpy(), views[0])
+    assert json.loads((folder / "batch-0.json").read_text())["batch"] == {"names.0": "a", "names.1": "é"}
+
+
 # --- Metrics -------------------------------------------------------------------------------------
 
 
@@ -265,6 +552,68 @@ def test_metrics_are_one_json_object_a_line_with_six_digits(tmp_path: Path) -> N
         {"step": 20, "loss": None, "lr": None, "rate": None},
     ]
     assert run.read_metrics() == lines
+
+
+def test_a_loop_of_known_size_logs_its_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps a line, each 1 s of waiting and 3 s of work, 8 pictures of 1 GFLOP, 10 GFLOP/s."""
+    now = 0.0
+    monkeypatch.setattr(beit.run.time, "perf_counter", lambda: now)
+
+    def batches(steps: range) -> Iterator[int]:
+        nonlocal now
+        for step in steps:
+            now += 1.0
+            yield step
+
+    model = nn.Linear(2, 2)
+    optimizer = adamw(list(model.parameters()), lr=0.1)
+    run = Run(tmp_path / "run", Settings())
+    for step, _ in run.steps(
+        model, optimizer, 6, batches, 100, seed=0, batch_size=8, flops_per_image=1e9, peak_flops=1e10
+    ):
+        now += 3.0
+        model.weight.grad = torch.full((2, 2), math.nan if step == 2 else 1.0)
+        update(optimizer, torch.zeros(()))
+        if step % 2:
+            run.log(step + 1, loss=1.0)
+    lines = run.read_metrics()
+    assert [line.pop("memory_mib") > 50 for line in lines] == [True] * 3  # torch alone takes more
+    shared = {"loss": 1.0, "images_per_second": 2.0, "data_wait_percent": 25.0, "mfu_percent": 20.0}
+    assert lines == [
+        {"step": 2, **shared, "skipped": 0},
+        {"step": 4, **shared, "skipped": 1},
+        {"step": 6, **shared, "skipped": 1},
+    ]
+
+
+def test_tensorboard_that_is_not_installed_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=re.escape('pip install "beit[tensorboard]"')):
+        train(tmp_path / "run", frame={"tensorboard": True}).go()
+
+
+def test_tensorboard_holds_what_the_metrics_hold(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    frame = {"tensorboard": True}
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", stop_after=6, frame=frame).go()
+    training = train(tmp_path / "run", frame=frame)
+    training.go()
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    logged = {event.step: event.value for event in board.Scalars("loss")}
+    assert logged == pytest.approx({line["step"]: line["loss"] for line in training.run.read_metrics()})
+
+
+def test_metrics_on_a_full_disk_end_with_6(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", Settings())
+    run.metrics_file.symlink_to("/dev/full")
+    with pytest.raises(CannotWrite, match="No space left") as caught:
+        run.log(1, loss=1.0)
+    assert caught.value.exit_code == 6
 
 
 def test_a_metrics_line_broken_by_a_crash_is_left_out(tmp_path: Path) -> None:
@@ -333,6 +682,28 @@ def test_overwrite_begins_again(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", Settings(lr=9.0), overwrite=True)
     assert sorted(p.name for p in run.out.iterdir()) == ["checkpoints", "run.toml"]
     assert not list(run.checkpoints.iterdir())
+
+
+def test_a_run_killed_while_it_began_begins_again(tmp_path: Path) -> None:
+    """Whatever of the first files was there."""
+    (tmp_path / ".run.toml.4711").write_text("data = ")
+    assert Run(tmp_path, Settings()).checkpoints.is_dir()
+    (tmp_path / "checkpoints").rmdir()
+    assert Run(tmp_path, Settings()).checkpoints.is_dir()
+
+
+def test_a_killed_overwrite_leaves_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "run").go()
+
+    def cut(path: Path) -> None:
+        raise PowerCut
+
+    monkeypatch.setattr(shutil, "rmtree", cut)
+    with pytest.raises(PowerCut):
+        Run(tmp_path / "run", Settings(lr=9.0), overwrite=True)
+    monkeypatch.undo()
+    Run(tmp_path / "run", Settings())
+    Run(tmp_path / "run", Settings(lr=9.0), overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -405,7 +776,10 @@ def test_every_commands_settings_come_back_from_toml() -> None:
 # --- Stop signals --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)],
+)
 def test_a_signal_saves_ends_with_its_code_and_loses_nothing(
     tmp_path: Path, unbroken: Any, number: int, code: int
 ) -> None:
@@ -421,9 +795,54 @@ def test_a_signal_saves_ends_with_its_code_and_loses_nothing(
     assert second.seen == [6, 7, 8, 9, 10, 11]
 
 
-def test_a_signal_in_the_last_step_does_not_undo_a_finished_run(tmp_path: Path, unbroken: Any) -> None:
+def test_a_signal_in_the_last_step_ends_the_command_and_keeps_the_run(
+    tmp_path: Path, unbroken: Any
+) -> None:
+    """What follows the steps may take long; the same command does it, without a step."""
     training = train(tmp_path / "run", stop_after=11, signal_number=signal.SIGTERM)
-    same(training.go(), unbroken[0])
+    with pytest.raises(Stopped, match="saved at step 12 of 12"):
+        training.go()
+    second = train(tmp_path / "run")
+    same(second.go(), unbroken[0])
+    assert second.seen == []
+
+
+def test_outside_a_loop_a_signal_is_raised_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with stop_at_once():
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            with pytest.raises(SystemExit) as caught:  # which no `except Exception` swallows
+                signal.raise_signal(number)
+            assert caught.value.code == 143
+            assert f"stopped by {signal.Signals(number).name}" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_loop_inside_asks_and_gives_the_signals_back() -> None:
+    with stop_at_once():
+        with stop_signals() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.exit_code == 143
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with stop_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_machines_may_repeat_themselves() -> None:
+    with stop_signals() as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.exit_code == 143
 
 
 def test_a_second_ctrl_c_stops_at_once() -> None:
@@ -535,5 +954,6 @@ def test_content_is_on_the_disk_before_it_has_its_name(
 def test_saved_checkpoints_hold_the_weights(tmp_path: Path) -> None:
     training = train(tmp_path / "run", total=4)
     training.go()
-    saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "model.safetensors")
-    same(saved, training.model.state_dict())
+    folder = tmp_path / "run" / "checkpoints" / "step-00000004"
+    same(load_file(folder / "model.safetensors"), training.model.state_dict())
+    same(load_file(folder / "ema.safetensors"), training.ema.tensors)

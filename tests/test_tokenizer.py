@@ -94,6 +94,46 @@ def test_dvae_equals_the_original(dalle: DalleTokenizer, view: str) -> None:
     torch.testing.assert_close(dalle.decode(ids), expected["reconstruction"], atol=5e-6, rtol=0)
 
 
+@torch.no_grad()
+def test_in_float16_every_convolution_but_the_last_takes_and_gives_fp16(dalle: DalleTokenizer) -> None:
+    """Against the method restated: operands, results and sums rounded to fp16, the rest in float64."""
+    half = copy.deepcopy(dalle).use_float16()
+    weights = {k: v.half().double() for k, v in dalle.encoder.state_dict().items()}
+    gain = torch.tensor(1 / 64).double()
+
+    def conv(x: Tensor, name: str) -> Tensor:
+        w = weights[f"{name}.w"]
+        return F.conv2d(x, w, weights[f"{name}.b"], padding=w.shape[-1] // 2).half().double()
+
+    expected = golden("dalle-tiny")
+    x = conv(expected["square_mapped"].half().double(), "blocks.input")
+    for group in range(1, 5):
+        for block in (1, 2):
+            name = f"blocks.group_{group}.block_{block}"
+            path = x
+            for i in range(1, 5):
+                path = conv(path.relu(), f"{name}.res_path.conv_{i}")
+            known = conv(x, f"{name}.id_path") if f"{name}.id_path.w" in weights else x
+            x = (known + (gain * path).half().double()).half().double()
+        if group < 4:
+            x = F.max_pool2d(x, 2)
+    head = dalle.encoder.blocks.output.conv  # in float32
+    restated = F.conv2d(x.relu(), head.w.double(), head.b.double())
+    logits = half.encoder(expected["square_mapped"])
+    assert logits.dtype == torch.float32
+    noise = (restated - expected["square_logits"]).abs().max().item()  # what fp16 costs
+    assert (logits - restated).abs().max().item() < noise / 2
+    assert (logits - expected["square_logits"]).abs().max().item() > noise / 10
+    ids = half.encode(expected["square_raw"])
+    assert (ids == expected["square_ids"]).float().mean() > 0.9
+    assert half.decode(ids).dtype == torch.float32
+    assert {v.dtype for v in half.state_dict().values()} == {torch.float32}
+    assert torch.equal(
+        half.use_float16(False).encoder(expected["square_mapped"]),
+        dalle.encoder(expected["square_mapped"]),
+    )
+
+
 def test_pixel_maps_equal_the_original() -> None:
     expected = golden("dalle-pixels")
     for ours, theirs in [

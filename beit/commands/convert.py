@@ -85,6 +85,8 @@ def convert(settings: Convert) -> None:
     )
     print(f"{settings.source}: {model.load_report}", file=sys.stderr)
     save(model, settings.out, {**model.provenance, **provenance}, settings.to)
+    for loss in not_kept(model, settings.to):
+        print(f"{settings.out}: not kept: {loss}", file=sys.stderr)
     difference = parity(model, settings)
     print(
         f"{settings.out}: written for {settings.to}; a picture read back through it differs by "
@@ -104,6 +106,25 @@ def _check_place(settings: Convert) -> None:
         raise CannotWrite(f"{out} is there already; --overwrite replaces it, or choose another place")
 
 
+def not_kept(model: Beit, to: Format) -> list[str]:
+    """What a format has no place for, or its library reads otherwise."""
+    c = model.config
+    height, width = c.grid
+    losses = []
+    if to != "transformers" and c.layer_norm_eps != 1e-6:
+        losses.append(f"layer_norm_eps {c.layer_norm_eps:g}, {to} always has 1e-06")
+    if to == "timm" and c.use_mask_token:
+        losses.append("mask_token, timm cannot mask")
+    if to == "unilm":
+        names = "the class names and " if model.id2label else ""
+        losses.append(f"{names}how pictures are prepared, unilm's file holds tensors only")
+    if to == "transformers" and c.early_layer:
+        losses.append("in transformers: v2's extra blocks, it leaves them out; beit reads them")
+    if to == "transformers" and height != width and (c.use_abs_pos_emb or c.rel_pos_bias != "none"):
+        losses.append("in transformers: a rectangle's positions, it exchanges the sides; beit does not")
+    return losses
+
+
 def parity(model: Beit, settings: Convert) -> float:
     """The largest difference of a probe picture's outputs through the written file, relative to the
     largest output. Raises CheckpointError where it is more than rounding."""
@@ -116,8 +137,12 @@ def parity(model: Beit, settings: Convert) -> float:
     with torch.no_grad():
         # The layer norms' epsilon and the preparation are not in every format; the weights are judged.
         expected, got = model.float()(picture), _with_eps(again.float(), c.layer_norm_eps)(picture)
-    difference = _largest(expected - got) / max(_largest(expected), 1e-12)
-    if expected.shape != got.shape or not difference <= TOLERANCE:
+    difference = (
+        _largest(expected - got) / max(_largest(expected), 1e-12) if expected.shape == got.shape else 1.0
+    )
+    theirs = again.state_dict()
+    changed = [k for k, t in model.state_dict().items() if k in theirs and not torch.equal(t, theirs[k])]
+    if changed or expected.shape != got.shape or not difference <= TOLERANCE:
         raise CheckpointError(
             f"{settings.out} was written but answers otherwise than {settings.source}: a probe picture's "
             f"outputs differ by {difference:.1e} of their size. Do not use it, and please report this"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -14,10 +15,20 @@ import torch.nn.functional as F
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from beit.augment import CropAndFlip, normalise, to_unit
-from beit.checkpoints import load, save_model, to_classifier
-from beit.data import ImageSource, batch_at, load_ahead, open_source, sample_rng
+from beit.augment import (
+    CropAndFlip,
+    erase,
+    mix_images,
+    mix_targets,
+    normalise,
+    sample_mix,
+    to_unit,
+)
+from beit.checkpoints import load_model, save
+from beit.data import BadImages, ImageSource, Loader, has_split, open_source
 from beit.engine import Engine
+from beit.handover import to_classifier
+from beit.hub import is_remote
 from beit.image import unilm_spec
 from beit.metrics import top_k_accuracy
 from beit.model import BeitForImageClassification, variant
@@ -30,10 +41,12 @@ from beit.run import Run
 @dataclass(frozen=True)
 class Finetune:
     data: Path
-    """Folder with one sub-folder a class, or with train/ and val/ of such; or a .csv of path,label."""
+    """Folder with one sub-folder a class, or with train/ and val/ of such; a .csv of path,label; tar shards
+    or Parquet."""
     _: KW_ONLY
     model: Annotated[str, Parameter(alias="-m")]
-    """Model folder to start from; or the name of a size, to start from nothing."""
+    """What to start from: a model folder or file, hub:owner/name, a name of `beit models`; or the name of
+    a size, such as beit_tiny_patch8_64, to start from nothing."""
     out: Annotated[Path, Parameter(alias="-o")]
     """Run folder; becomes the model that `classify -m` takes."""
     val: Path | None = None
@@ -64,12 +77,22 @@ class Finetune:
     """Share of a picture's area that a crop covers."""
     hflip: float = 0.5
     """Probability of mirroring; 0 for writing and signs."""
+    rand_augment: NonNegativeFloat = 0.0
+    """Magnitude of RandAugment, up to 10; the paper's is 9. 0 turns it off."""
+    reprob: NonNegativeFloat = 0.0
+    """Probability of erasing a box; the paper's is 0.25."""
+    mixup: NonNegativeFloat = 0.0
+    """How evenly two pictures are mixed; the paper's is 0.8. 0 turns it off."""
+    cutmix: NonNegativeFloat = 0.0
+    """How large a piece of another picture is pasted in; the paper's is 1. 0 turns it off."""
     seed: int = 0
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
     device: str = "auto"
     workers: NonNegativeInt = 2
-    """Threads that prepare pictures."""
+    """Processes that prepare pictures; 0 leaves it to the run's own."""
+    max_bad_images: float = 0.01
+    """Share of the pictures that may be unreadable; more stops the run with exit code 4."""
     log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl."""
     save_every: PositiveInt = 500
@@ -100,22 +123,35 @@ def finetune(settings: Finetune) -> dict[str, float]:
     layer_decay = None if settings.layer_decay == 1 else settings.layer_decay
     groups = param_groups(model, settings.weight_decay, layer_decay, config.depth)
     optimizer = adamw(groups, settings.lr)
-    view = CropAndFlip(config.image_height_width[0], settings.crop_scale, hflip=settings.hflip)
-    steps_per_epoch = max(len(source) // settings.batch_size, 1)
+    red, green, blue = (min(255, round(255 * value)) for value in model.image_spec.mean)
+    view = CropAndFlip(
+        config.image_height_width[0],
+        settings.crop_scale,
+        hflip=settings.hflip,
+        rand_augment=settings.rand_augment,
+        fill=(red, green, blue),
+    )
+    loader = Loader(
+        source,
+        settings.batch_size,
+        settings.seed,
+        settings.workers,
+        BadImages(run.out / "bad_images.csv", len(source), settings.max_bad_images),
+    )
+    steps_per_epoch = loader.steps_per_epoch
     total = settings.steps or settings.epochs * steps_per_epoch
     warmup = min(round(settings.warmup_epochs * steps_per_epoch), total // 5)
 
-    def batch(step: int) -> Batch:
-        chosen = batch_at(step, len(source), settings.batch_size, settings.seed)
-        pictures = [view(source.read(i), sample_rng(settings.seed, epoch, i)) for epoch, i in chosen]
-        return Batch(pictures, [source.labels[i] for _, i in chosen])
+    def batches(steps: range) -> Iterator[Batch]:
+        for samples in loader.batches(steps, view):
+            yield Batch([picture for _, picture in samples], [int(source.labels[i]) for i, _ in samples])
 
     started, seen = time.monotonic(), 0
     for step, (pictures, targets) in run.steps(
         model,
         optimizer,
         total,
-        lambda steps: load_ahead(batch, steps, settings.workers),
+        batches,
         settings.save_every,
         settings.seed,
     ):
@@ -123,9 +159,16 @@ def finetune(settings: Finetune) -> dict[str, float]:
         set_learning_rate(optimizer, lr)
         images = normalise(to_unit(pictures, device), model.image_spec)
         labels = torch.tensor(targets, device=device)
+        step_rng = np.random.default_rng([settings.seed, step, 2])
+        wanted = labels
+        if settings.reprob:
+            images = erase(images, settings.reprob, step_rng)
+        if settings.mixup or settings.cutmix:
+            mix = sample_mix(*config.image_height_width, settings.mixup, settings.cutmix, step_rng)
+            images, wanted = mix_images(images, mix), mix_targets(labels, config.num_classes, mix)
         with autocast(settings.precision, device):
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
+        loss = F.cross_entropy(logits.float(), wanted, label_smoothing=settings.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(
@@ -145,6 +188,8 @@ def finetune(settings: Finetune) -> dict[str, float]:
             )
             started, seen = time.monotonic(), 0
 
+    if loader.bad_images.found:
+        print(f"{run.out}: {loader.bad_images}", file=sys.stderr)
     model.eval()
     result: dict[str, float] = {"steps": total}
     if validation is not None:
@@ -161,7 +206,7 @@ def finetune(settings: Finetune) -> dict[str, float]:
         "batch_size": settings.batch_size,
         "seed": settings.seed,
     }
-    save_model(model, run.out, provenance)
+    save(model, run.out, provenance)
     return result
 
 
@@ -169,7 +214,7 @@ def open_validation(settings: Finetune, source: ImageSource) -> ImageSource | No
     """The pictures to watch, their classes matched by name; None where there are none."""
     if settings.val is not None:
         return open_source(settings.val, "val", labelled=True).with_classes(source.classes)
-    if (settings.data / "train").is_dir() and (settings.data / "val").is_dir():
+    if has_split(settings.data, "train") and has_split(settings.data, "val"):
         return open_source(settings.data, "val", labelled=True).with_classes(source.classes)
     return None
 
@@ -177,14 +222,7 @@ def open_validation(settings: Finetune, source: ImageSource) -> ImageSource | No
 def starting_model(settings: Finetune, source: ImageSource) -> BeitForImageClassification:
     """A classifier for the source's classes, from a model folder or, by a size's name, from nothing."""
     torch.manual_seed(settings.seed)
-    if Path(settings.model).exists():
-        model, report = to_classifier(
-            load(settings.model), source.classes, settings.img_size, settings.drop_path
-        )
-        print(f"{settings.model}: {report}", file=sys.stderr)
-    else:
-        if "/" in settings.model:
-            raise ValueError(f"model {settings.model} does not exist")
+    if "/" not in settings.model and not Path(settings.model).exists() and not is_remote(settings.model):
         config = variant(settings.model).for_classification(len(source.classes))
         config = replace(
             config, img_size=settings.img_size or config.img_size, drop_path_rate=settings.drop_path
@@ -193,6 +231,10 @@ def starting_model(settings: Finetune, source: ImageSource) -> BeitForImageClass
         model.image_spec = unilm_spec(config.image_height_width[0])
         model.id2label = dict(enumerate(source.classes))
         print(f"{settings.model}: a fresh network, nothing is loaded", file=sys.stderr)
+    else:
+        start = load_model(settings.model, dtype=torch.float32)
+        model, report = to_classifier(start, source.classes, settings.img_size, settings.drop_path)
+        print(f"{settings.model}: {report}", file=sys.stderr)
     if settings.crop_ratio is not None:
         model.image_spec = replace(model.image_spec, crop_ratio=settings.crop_ratio)
     return model

@@ -44,7 +44,8 @@ def info(settings: Info) -> dict[str, Any]:
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         for number, line in enumerate(value if isinstance(value, list) else [value]):
-            print(f"  {key.replace('_', ' ') if number == 0 else '':14} {line}")
+            words = f"{line:,}" if type(line) is int else line
+            print(f"  {key.replace('_', ' ') if number == 0 else '':14} {words}")
     return facts
 
 
@@ -59,7 +60,7 @@ def describe_encoder(path: Path, settings: Info) -> dict[str, Any]:
         "format": found.layout,
         "img_size": f"{height} x {width} pixels, patches of {config.patch_size}",
         "heads": config.num_heads,
-        "parameters": f"{sum(t.numel() for t in tensors):,}",
+        "parameters": sum(t.numel() for t in tensors),
         "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors})),
         "norm_eps": config.layer_norm_eps,
         "preparation": dataclasses.asdict(spec),
@@ -88,7 +89,7 @@ def describe_tokenizer(path: Path, settings: Info) -> dict[str, Any]:
         "tokens": f"{tokenizer.vocab_size}, one for {tokenizer.stride} x {tokenizer.stride} pixels",
         "view_size": f"{height} x {width} pixels",
         "can_draw": tokenizer.can_draw,
-        "parameters": f"{sum(p.numel() for p in tokenizer.parameters()):,}",
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
         "sizes": dataclasses.asdict(tokenizer.config),
     }
     file = path / "config.json"

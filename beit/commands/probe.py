@@ -1,26 +1,49 @@
-"""`beit probe`: how much a linear layer can read off the frozen features of one layer."""
+"""`beit probe`: how much of the labels can be read off the frozen features of a model, layer by layer.
+
+One pass over the pictures gives the features of every layer and pooling asked for. Penalty, layer and
+pooling are chosen on a fifth of the training pictures; then all of them are fitted, and the others scored.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
+from beit.atomic import write_atomically
 from beit.checkpoints import load_model
 from beit.data import ImageSource, load_ahead, open_source
-from beit.features import Pooling, default_layer, extract_features
+from beit.features import Pooling, default_layer, extract_features, layer_states, pooled, storage
 from beit.image import preprocess
+from beit.metrics import bootstrap_interval
 from beit.model import Beit
 from beit.precision import Precision, pick_device
-from beit.probe import fit_best_probe, fit_probe
+from beit.probe import (
+    LEARNING_RATES,
+    AttentiveProbe,
+    duplicates,
+    few_shot,
+    fit_attentive,
+    fit_best_probe,
+    fit_probe,
+    knn_scores,
+    pixel_hash,
+)
+from beit.run import CannotWrite
+
+SHOTS = (1, 5, 10)
 
 
 @Parameter(name="*")
@@ -31,94 +54,126 @@ class Probe:
     _: KW_ONLY
     model: Annotated[str, Parameter(alias="-m")]
     """Model folder or file, hub:owner/name, or a name that `beit models` lists."""
-    layer: int | None = None
-    """Block to read, counted from 1; 9 of 12, 14 of 24, else three quarters where not given."""
-    pooling: Pooling = "mean"
-    """Mean of the patches, class token, or both."""
+    layers: str = "paper"
+    """Blocks to read, counted from 1: 9,12 or all. paper: 9 of 12, 14 of 24, else three quarters."""
+    pooling: Literal["mean", "cls", "both", "all"] = "mean"
+    """Mean of the patches, class token, both side by side, or all three in turn."""
+    kinds: str = "linear,knn"
+    """Of linear, knn, attentive, few-shot; the first chooses the layer that the last two read."""
     split: str = "val"
     """Folder of DATA to score on."""
+    out: Annotated[Path | None, Parameter(alias="-o")] = None
+    """Write the results to this .json as well."""
     baseline: Annotated[bool, Parameter(negative="--no-baseline")] = True
     """Probe the same network untrained beside it."""
     seed: int = 0
-    """Of the untrained network and of the fifth held out to choose the penalty."""
+    """Of the untrained network, the fifth that is held out, and the draws of few-shot."""
     batch_size: PositiveInt = 64
     precision: Precision = "auto"
     device: str = "auto"
     workers: NonNegativeInt = 2
     """Threads that prepare pictures."""
     json: bool = False
-    """Print one JSON line instead of words."""
+    """Print one JSON line instead of a table."""
 
 
-def probe(settings: Probe) -> dict[str, float | int | str]:
-    """Linear-probe a model: logistic regression on frozen features."""
+Labelled = tuple[Tensor, Tensor]  # (n, D) features, (n,) labels
+
+
+def probe(settings: Probe) -> dict[str, Any]:
+    """Probe a model: linear, k-NN, attentive and few-shot, on frozen features."""
+    kinds = chosen_kinds(settings.kinds)
+    if settings.out is not None and not settings.out.parent.is_dir():
+        raise CannotWrite(f"cannot write {settings.out}: {settings.out.parent} is not a folder")
     train = open_source(settings.data, "train", labelled=True)
     test = open_source(settings.data, settings.split, labelled=True).with_classes(train.classes)
     if train.paths == test.paths:
         raise ValueError(
             f"{settings.data} needs a train and a {settings.split} folder, to score on others"
         )
-    model = load_model(settings.model, dtype=torch.float32)
-    layer = default_layer(model.config.depth) if settings.layer is None else settings.layer
-    result: dict[str, float | int | str] = {"layer": layer, "pooling": settings.pooling}
-    result["accuracy"] = probe_accuracy(settings.model, model, train, test, layer, settings)
-    if settings.baseline:
-        torch.manual_seed(settings.seed)
-        untrained = type(model)(model.config)
-        untrained.image_spec = model.image_spec
-        result["untrained_accuracy"] = probe_accuracy(
-            "the same, untrained", untrained, train, test, layer, settings
+    model = load_model(settings.model, dtype=torch.float32).to(pick_device(settings.device))
+    layers = chosen_layers(settings.layers, model.config.depth)
+    if kinds[0] in ("attentive", "few-shot") and (len(layers) > 1 or settings.pooling == "all"):
+        raise ValueError(
+            f"--kinds {settings.kinds} reads one layer; begin with linear, which chooses it"
         )
-    if settings.json:
-        import json
+    held_out = stratified_fifth(train.labels, settings.seed)
+    classes = len(train.classes)
 
+    hashes: dict[str, bytes] = {}
+    features = [features_of(settings.model, model, s, layers, settings, hashes) for s in (train, test)]
+
+    def labelled(layer: int, pooling: Pooling) -> tuple[Labelled, Labelled]:
+        sides = zip(features, (train, test), strict=True)
+        fitted, scored = (with_labels(pooled(f[layer], pooling), s, model) for f, s in sides)
+        return fitted, scored
+
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    for layer in layers:
+        for pooling in get_args(Pooling) if settings.pooling == "all" else (settings.pooling,):
+            row: dict[str, Any] = {"layer": layer, "pooling": pooling}
+            for kind in kinds:
+                if kind in SCORES:
+                    row[kind] = SCORES[kind](*labelled(layer, pooling), held_out, classes)
+            rows.append(row)
+    said(f"{len(rows)} layers and poolings probed in {time.monotonic() - started:.1f} s")
+    paper = default_layer(model.config.depth)
+    best = rows[0]
+    if kinds[0] in SCORES:
+        best = max(rows, key=lambda row: (row[kinds[0]]["held_out"], row["layer"] == paper))
+    layer, pooling = best["layer"], best["pooling"]
+    result: dict[str, Any] = {"layer": layer, "pooling": pooling, "kind": kinds[0], "rows": rows}
+    if "attentive" in kinds:
+        result["attentive"] = attentive(model, train, test, layer, held_out, settings)
+    if "few-shot" in kinds:
+        result["few-shot"] = few_shots(*labelled(layer, pooling), classes, settings.seed)
+    results = {**best, **result}[kinds[0]]
+    headline = results[-1] if kinds[0] == "few-shot" else results
+    result |= {key: headline[key] for key in ("accuracy", "interval")}
+    if settings.baseline and kinds[0] in SCORES:
+        torch.manual_seed(settings.seed)
+        fresh = type(model)(model.config).to(model.cls_token.device)
+        fresh.image_spec = model.image_spec
+        name = "the same, untrained"
+        features = [features_of(name, fresh, s, [layer], settings, hashes) for s in (train, test)]
+        score = SCORES[kinds[0]](*labelled(layer, pooling), held_out, classes)
+        result["untrained_accuracy"] = score["accuracy"]
+    result["duplicates"] = in_both(train, test, hashes)
+    if settings.out is not None:
+        document = {"settings": {k: v for k, v in asdict(settings).items() if k != "_"}, **result}
+        write_atomically(settings.out, json.dumps(document, default=str, indent=1).encode() + b"\n")
+    if settings.json:
         print(json.dumps(result))
     else:
-        beside = (
-            f"; the same network untrained {result['untrained_accuracy']:.1%}"
-            if settings.baseline
-            else ""
-        )
-        print(
-            f"linear probe of layer {layer}, {settings.pooling}: "
-            f"{result['accuracy']:.1%} of {len(test)} pictures right{beside}"
-        )
+        show(result, settings, model.config.depth, paper, len(test))
     return result
 
 
-def probe_accuracy(
-    name: str, model: Beit, train: ImageSource, test: ImageSource, layer: int, settings: Probe
-) -> float:
-    """Fit on `train` (a fifth of it chooses the penalty, then all of it is fitted), score on `test`."""
-    print(f"{name}: features of {len(train)} + {len(test)} pictures", file=sys.stderr)
-    x, y = features_and_labels(model, train, layer, settings)
-    held_out = stratified_fifth(train.labels, settings.seed)
-    fitted = (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
-    chosen, _ = fit_best_probe(*fitted, num_classes=len(train.classes))
-    penalty = chosen.penalty * len(x) / max(int((~held_out).sum()), 1)  # it is per picture
-    final = fit_probe(x, y, len(train.classes), penalty)
-    return final.accuracy(*features_and_labels(model, test, layer, settings))
+def chosen_kinds(text: str) -> list[str]:
+    """The kinds of probe that --kinds names, in its order."""
+    kinds = [kind.strip() for kind in text.split(",")]
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise ValueError(f"--kinds {text}: {unknown[0]!r} is not one of {', '.join(KINDS)}")
+    return list(dict.fromkeys(kinds))
 
 
-def features_and_labels(
-    model: Beit, source: ImageSource, layer: int, settings: Probe
-) -> tuple[Tensor, Tensor]:
-    """(n, D) features and (n,) labels of a source."""
-    model = model.to(pick_device(settings.device))
-    parts = np.array_split(np.arange(len(source)), -(-len(source) // settings.batch_size))
-
-    def prepare(number: int) -> Tensor:
-        images = [preprocess(source.read(int(i)), model.image_spec) for i in parts[number]]
-        return torch.from_numpy(np.stack(images))
-
-    def batches() -> Iterator[Tensor]:
-        yield from load_ahead(prepare, range(len(parts)), settings.workers)
-
-    features = extract_features(model, batches(), [layer], settings.pooling, settings.precision)
-    return features[layer], torch.tensor(source.labels)
+def chosen_layers(text: str, depth: int) -> list[int]:
+    """The layers that --layers names, counted from 1 (0 is the input of the first)."""
+    if text == "all":
+        return list(range(1, depth + 1))
+    if text == "paper":
+        return [default_layer(depth)]
+    if not all(word.strip().isdecimal() for word in text.split(",")):
+        raise ValueError(f"--layers {text} is not all, paper, or numbers from 1 to {depth}, with commas")
+    layers = list(dict.fromkeys(int(word) for word in text.split(",")))
+    if max(layers) > depth:
+        raise ValueError(f"layer {max(layers)} does not exist; this model has layers 0 to {depth}")
+    return layers
 
 
-def stratified_fifth(labels: tuple[int, ...], seed: int) -> Tensor:
+def stratified_fifth(labels: Sequence[int] | np.ndarray, seed: int) -> Tensor:
     """A (n,) bool choice of a fifth of each class; classes with fewer than five give none or one."""
     rng = np.random.default_rng(seed)
     held_out = np.zeros(len(labels), dtype=bool)
@@ -126,7 +181,178 @@ def stratified_fifth(labels: tuple[int, ...], seed: int) -> Tensor:
     for label in np.unique(array):
         members = rng.permutation(np.flatnonzero(array == label))
         held_out[members[: len(members) // 5]] = True
-    if not held_out.any():  # too few to hold any out: judge the penalty on all
-        held_out[:] = False
+    if not held_out.any():  # too few to hold any out of each
         held_out[rng.permutation(len(labels))[: max(1, len(labels) // 5)]] = True
     return torch.from_numpy(held_out)
+
+
+def prepared(
+    model: Beit, source: ImageSource, settings: Probe, hashes: dict[str, bytes] | None = None
+) -> Iterator[Tensor]:
+    """Batches (B, 3, H, W) of a source; the pictures' hashes are put down by their names."""
+    parts = np.array_split(np.arange(len(source)), -(-len(source) // settings.batch_size))
+
+    def prepare(number: int) -> Tensor:
+        images = []
+        for i in parts[number]:
+            pixels = source.read(int(i))
+            if hashes is not None:
+                hashes[source.name(int(i))] = pixel_hash(pixels)
+            images.append(preprocess(pixels, model.image_spec))
+        return torch.from_numpy(np.stack(images))
+
+    yield from load_ahead(prepare, range(len(parts)), settings.workers)
+
+
+def features_of(
+    name: str,
+    model: Beit,
+    source: ImageSource,
+    layers: list[int],
+    settings: Probe,
+    hashes: dict[str, bytes],
+) -> dict[int, Tensor]:
+    """{layer: (n, 2D)} of a source: class token and mean of the patches."""
+    started = time.monotonic()
+    batches = prepared(model, source, settings, hashes)
+    features = extract_features(model, batches, layers, "both", settings.precision, len(source))
+    said(f"{name}: features of {len(source)} pictures in {time.monotonic() - started:.1f} s")
+    return features
+
+
+def with_labels(features: Tensor, source: ImageSource, model: Beit) -> Labelled:
+    """On the GPU where the model is on one, else on the CPU, as float64 is not everywhere."""
+    device = model.cls_token.device if model.cls_token.is_cuda else torch.device("cpu")
+    return features.to(device), torch.tensor(source.labels, device=device)
+
+
+def accuracy_of(predicted: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Share of right answers and its 95 % bootstrap interval over the pictures."""
+    right = (predicted == labels).cpu().numpy()
+    return {"accuracy": float(right.mean()), "interval": bootstrap_interval(right)}
+
+
+def score_linear(fitted: Labelled, scored: Labelled, held_out: Tensor, classes: int) -> dict[str, Any]:
+    """A fifth of `fitted` chooses the penalty, then all of it is fitted."""
+    (x, y), out = fitted, held_out.to(fitted[0].device)
+    chosen, accuracy = fit_best_probe((x[~out], y[~out]), (x[out], y[out]), classes)
+    per_picture = chosen.penalty / max(int((~out).sum()), 1)
+    final = fit_probe(x, y, classes, per_picture * len(x))
+    score = accuracy_of(final.predict(scored[0]), scored[1])
+    return {**score, "held_out": accuracy, "penalty": per_picture}
+
+
+def score_knn(fitted: Labelled, scored: Labelled, held_out: Tensor, classes: int) -> dict[str, Any]:
+    """Nothing to choose; `held_out` is scored by the rest, so that layers can be compared."""
+    (x, y), out = fitted, held_out.to(fitted[0].device)
+    answers = knn_scores((x[~out], y[~out]), x[out], classes).argmax(dim=1)
+    score = accuracy_of(knn_scores(fitted, scored[0], classes).argmax(dim=1), scored[1])
+    return {**score, "held_out": float((answers == y[out]).double().mean())}
+
+
+SCORES = {"linear": score_linear, "knn": score_knn}
+KINDS = (*SCORES, "attentive", "few-shot")
+
+
+def attentive(
+    model: Beit, train: ImageSource, test: ImageSource, layer: int, held_out: Tensor, settings: Probe
+) -> dict[str, Any]:
+    """One more pass, for all tokens of a layer; a fifth chooses the learning rate, then all are fitted."""
+    tokens = [tokens_of(model, source, layer, settings) for source in (train, test)]
+    labels = [torch.tensor(source.labels) for source in (train, test)]
+    classes, device = len(train.classes), model.cls_token.device
+
+    def fit(chosen: Tensor, lr: float) -> AttentiveProbe:
+        heads = model.config.num_heads
+        return fit_attentive(
+            tokens[0][chosen], labels[0][chosen], classes, heads, lr, settings.seed, device
+        )
+
+    started = time.monotonic()
+    inside, outside = torch.where(~held_out)[0], torch.where(held_out)[0]
+    right = {
+        lr: accuracy_of(fit(inside, lr).predict(tokens[0][outside]), labels[0][outside])["accuracy"]
+        for lr in LEARNING_RATES
+    }
+    lr = max(right, key=lambda rate: right[rate])
+    final = fit(torch.arange(len(train)), lr)
+    said(f"attentive probes trained in {time.monotonic() - started:.1f} s")
+    score = accuracy_of(final.predict(tokens[1]), labels[1])
+    return {**score, "held_out": right[lr], "lr": lr, "layer": layer}
+
+
+def tokens_of(model: Beit, source: ImageSource, layer: int, settings: Probe) -> Tensor:
+    """(n, N, D) float16 states of a layer."""
+    place = 0
+    kept = torch.empty(0)
+    batches = prepared(model, source, settings)
+    for (state,) in layer_states(model, batches, [layer], settings.precision):
+        if not place:
+            kept = storage((len(source), *state.shape[1:]), torch.float16)
+        kept[place : place + len(state)] = state.clamp(-65504, 65504)
+        place += len(state)
+    return kept
+
+
+def few_shots(fitted: Labelled, scored: Labelled, classes: int, seed: int) -> list[dict[str, Any]]:
+    """With 1, 5 and 10 pictures a class; as far as every class has them."""
+    least = int(torch.bincount(fitted[1], minlength=classes).min())
+    shots = [number for number in SHOTS if number <= max(least, 1)]
+    return [few_shot(fitted, scored, classes, number, seed)._asdict() for number in shots]
+
+
+def in_both(train: ImageSource, test: ImageSource, hashes: dict[str, bytes]) -> list[list[str]]:
+    """Groups of pictures with equal pixels that have some in train and some in test; said on stderr."""
+    names = [source.name(i) for source in (train, test) for i in range(len(source))]
+    groups = [g for g in duplicates(hashes[n] for n in names) if g[0] < len(train) <= g[-1]]
+    if groups:
+        a, b = names[groups[0][0]], names[groups[0][-1]]
+        said(f"{len(groups)} pictures are in both splits, which makes numbers too good: {a} is {b}")
+    return [[names[place] for place in group] for group in groups]
+
+
+def said(words: str) -> None:
+    """A line on stderr."""
+    print(words, file=sys.stderr)
+
+
+def percent(score: dict[str, Any]) -> str:
+    """92.1% (90.2 to 93.9)."""
+    low, high = score["interval"]
+    return f"{score['accuracy']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+NAMES = {"linear": "linear", "knn": "20 nearest", "attentive": "attentive", "few-shot": "few-shot"}
+
+
+def show(result: dict[str, Any], settings: Probe, depth: int, paper: int, count: int) -> None:
+    """The results as a table and some lines, for people."""
+    console = Console(highlight=False)
+    scored = [kind for kind in SCORES if kind in result["rows"][0]]
+    if scored:
+        table = Table(title=f"right of {count} pictures (95 %)", title_justify="left")
+        table.add_column("layer", justify="right")
+        table.add_column("pooling")
+        for kind in scored:
+            table.add_column(NAMES[kind])
+        for row in result["rows"]:
+            star = " *" if row["layer"] == paper else ""
+            values = [percent(row[kind]) for kind in scored]
+            table.add_row(f"{row['layer']}{star}", row["pooling"], *values)
+        console.print(table)
+        console.print(f"* the layer of BEiT's paper, or as deep: {paper} of {depth}")
+        if "knn" in scored:
+            console.print("nearest by cosine, each with the weight exp(cosine / 0.07)")
+    where = f"of layer {result['layer']}, {result['pooling']}"
+    if len(result["rows"]) > 1:
+        console.print(f"best on a fifth of the training pictures: {where[3:]}")
+    if "attentive" in result:
+        console.print(f"attentive probe of layer {result['layer']}: {percent(result['attentive'])}")
+    for few in result.get("few-shot", ()):
+        console.print(f"{few['shots']} a class, linear probe {where}: {percent(few)}, 10 draws")
+    name = NAMES[result["kind"]]
+    beside = ""
+    if "untrained_accuracy" in result:
+        beside = f"; the same network untrained {result['untrained_accuracy']:.1%}"
+    right = f"{result['accuracy']:.1%} of {count} pictures right"
+    console.print(f"{name} probe {where}: {right}{beside}", soft_wrap=True)

@@ -3,49 +3,68 @@
 from __future__ import annotations
 
 import sys
-import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
-from beit.augment import CropAndFlip, to_unit
-from beit.checkpoints import save_tokenizer
-from beit.data import ImageSource, batch_at, load_ahead, open_source, sample_rng
-from beit.image import ImageSpec, resize_and_crop
+from beit.augment import CropAndFlip, normalise, to_unit
+from beit.checkpoints import load_model, save_tokenizer
+from beit.data import BadImages, ImageSource, Loader, open_source
+from beit.features import default_layer
+from beit.image import BadImage, ImageSpec, resize_and_crop
 from beit.metrics import CodebookUse, codebook_use, psnr
-from beit.optim import adamw, cosine_schedule
+from beit.model import Beit, BeitForMaskedImageModeling, check_size, variant
+from beit.optim import adamw, cosine_schedule, update
 from beit.precision import Precision, autocast, pick_device
 from beit.run import Run
 from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig
 from beit.visualize import png_bytes, strip, to_bytes
+from beit.vqkd import VQKD, VQKDConfig, patch_pixels
+
+Teacher = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) in [0, 1] -> (B, L, T), a row a token
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class TrainTokenizer:
     data: Path
-    """Folder of pictures (or .csv, .txt); labels are not used."""
+    """Folder of pictures, tar shards, Parquet, .csv or .txt; labels are not used."""
     _: KW_ONLY
     out: Annotated[Path, Parameter(alias="-o")]
     """Run folder; becomes the tokenizer that `pretrain --tokenizer` takes."""
-    img_size: PositiveInt = 112
-    """Token view in pixels; BEiT's 224-pixel pictures are seen at 112."""
+    kind: Literal["dvae", "vqkd"] = "dvae"
+    """Give the picture back (dvae, BEiT v1), or what a teacher says of each patch (vqkd, BEiT v2)."""
+    img_size: PositiveInt | None = None
+    """Token view in pixels; 112 (BEiT's 224-pixel pictures are seen so), or vqkd's model's own."""
     vocab_size: PositiveInt = 8192
     """Number of visual tokens; fewer for little data."""
-    code_dim: PositiveInt = 16
-    """Width of a code."""
+    code_dim: PositiveInt | None = None
+    """Width of a code; 16, or vqkd's 32."""
     hidden_dim: PositiveInt = 128
-    """Channels of encoder and decoder."""
+    """dvae: channels of encoder and decoder."""
     num_layers: PositiveInt = 3
-    """Halvings: a token stands for 2^num_layers pixels each way."""
+    """dvae: halvings; a token stands for 2^num_layers pixels each way."""
     quantizer: Literal["vq", "gumbel"] = "vq"
-    """How a code is chosen; `vq` keeps more of them alive."""
+    """dvae: how a code is chosen; `vq` keeps more of them alive."""
+    teacher: str = "none"
+    """vqkd: a model, as -m takes it elsewhere; a torch.export .pt2, which runs as a program does; or
+    none, for the pixels of the pictures themselves."""
+    model: Annotated[str, Parameter(alias="-m")] = "beit_base_patch16_224"
+    """vqkd: size of the encoder, by name."""
+    decoder_depth: PositiveInt = 3
+    """vqkd: blocks of the decoder; 1 or 3 in the paper."""
+    revive_after_steps: NonNegativeInt = 20
+    """A code unused this long takes a fresh place; 0 never, as BEiT v2 has it."""
     epochs: PositiveInt = 20
     """Passes over the pictures."""
     steps: NonNegativeInt = 0
@@ -62,7 +81,9 @@ class TrainTokenizer:
     """bf16 where the processor has it (auto), or fp32."""
     device: str = "auto"
     workers: NonNegativeInt = 2
-    """Threads that prepare pictures."""
+    """Processes that prepare pictures; 0 leaves it to the run's own."""
+    max_bad_images: float = 0.01
+    """Share of the pictures that may be unreadable; more stops the run with exit code 4."""
     log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl."""
     save_every: PositiveInt = 500
@@ -76,74 +97,73 @@ def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
     source = open_source(settings.data)
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
-    tokenizer = DiscreteVAE(
-        DiscreteVAEConfig(
-            img_size=settings.img_size,
-            vocab_size=settings.vocab_size,
-            code_dim=settings.code_dim,
-            hidden_dim=settings.hidden_dim,
-            num_layers=settings.num_layers,
-            quantizer=settings.quantizer,
-        )
-    )
-    tokenizer = tokenizer.to(device)
+    tokenizer, teacher = build(settings, device)
     tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a sixth faster
     run = Run(settings.out, settings, settings.overwrite)
     trained = [p for p in tokenizer.parameters() if p.requires_grad]
     optimizer = adamw(trained, settings.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    view = CropAndFlip(settings.img_size, settings.crop_scale, hflip=settings.hflip)
-    total = settings.steps or settings.epochs * max(len(source) // settings.batch_size, 1)
+    view = CropAndFlip(tokenizer.config.img_size, settings.crop_scale, hflip=settings.hflip)
+    loader = Loader(
+        source,
+        settings.batch_size,
+        settings.seed,
+        settings.workers,
+        BadImages(run.out / "bad_images.csv", len(source), settings.max_bad_images),
+    )
+    total = settings.steps or settings.epochs * loader.steps_per_epoch
 
-    def batch(step: int) -> list[np.ndarray]:
-        chosen = batch_at(step, len(source), settings.batch_size, settings.seed)
-        return [view(source.read(i), sample_rng(settings.seed, epoch, i)) for epoch, i in chosen]
+    def batches(steps: range) -> Iterator[list[np.ndarray]]:
+        for samples in loader.batches(steps, view):
+            yield [picture for _, picture in samples]
 
-    counts = torch.zeros(settings.vocab_size, dtype=torch.int64)
-    errors: list[Tensor] = []
-    started, seen = time.monotonic(), 0
+    seen = Seen(settings.vocab_size).to(device)
     tokenizer.train()
     for step, pictures in run.steps(
-        tokenizer,
+        nn.ModuleDict({"tokenizer": tokenizer, "seen": seen}),
         optimizer,
         total,
-        lambda steps: load_ahead(batch, steps, settings.workers),
+        batches,
         settings.save_every,
         settings.seed,
+        batch_size=settings.batch_size,
     ):
         lr = cosine_schedule(step, total, min(100, total // 10), settings.lr, settings.lr / 100)
         for group in optimizer.param_groups:
             group["lr"] = lr
         images = to_unit(pictures, device)
         with autocast(settings.precision, device):
-            output = tokenizer(images)
-        optimizer.zero_grad()
+            output = tokenizer(images) if teacher is None else tokenizer(images, teacher(images))
+        if step % settings.log_every == 0:
+            seen.clear()
+        seen.add(output.token_ids, output.error)
         output.loss.backward()
-        optimizer.step()
+        update(optimizer, output.loss)
 
-        counts += torch.bincount(output.token_ids.flatten().cpu(), minlength=settings.vocab_size)
-        errors.append(output.loss.detach())
-        seen += len(images)
         if (step + 1) % settings.log_every == 0 or step + 1 == total:
-            use = codebook_use(counts.numpy())
+            use = codebook_use(seen.counts.cpu().numpy())
             run.log(
                 step + 1,
-                psnr_db=psnr(torch.stack(errors).mean().item()),
+                **in_words(tokenizer, seen.mean_error()),
                 live_codes=use.live,
                 perplexity=use.perplexity,
                 lr=lr,
-                images_per_second=seen / (time.monotonic() - started),
             )
-            counts.zero_()
-            errors.clear()
-            started, seen = time.monotonic(), 0
 
-    use, error_db, sheet = judge(tokenizer.eval(), source, device)
+    if loader.bad_images.found:
+        print(f"{run.out}: {loader.bad_images}", file=sys.stderr)
+    use, error, sheet = judge(tokenizer.eval(), teacher, source, device)
     (run.out / "reconstructions.png").write_bytes(png_bytes(strip(sheet)))
-    result = {"live_codes": use.live, "perplexity": use.perplexity, "psnr_db": error_db, "steps": total}
+    quality = in_words(tokenizer, error)
+    result = {"live_codes": use.live, "perplexity": use.perplexity, **quality, "steps": total}
     save_tokenizer(tokenizer, run.out, {**result, "pictures": len(source), "seed": settings.seed})
     print(
         f"{run.out}: {use.live:.1%} of {settings.vocab_size} codes alive, perplexity "
-        f"{use.perplexity:.0f}, reconstruction {error_db:.1f} dB PSNR",
+        f"{use.perplexity:.0f}, "
+        + (
+            f"reconstruction {quality['psnr_db']:.1f} dB PSNR"
+            if teacher is None
+            else f"cosine to the teacher {quality['cosine']:.3f}"
+        ),
         file=sys.stderr,
     )
     if use.live < 0.5:
@@ -155,26 +175,183 @@ def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
     return result
 
 
+# --- What is trained, and to what ----------------------------------------------------------------
+
+
+def build(
+    settings: TrainTokenizer, device: torch.device
+) -> tuple[DiscreteVAE, None] | tuple[VQKD, Teacher]:
+    """A new tokenizer, and the teacher of one that has any."""
+    if settings.kind == "dvae":
+        if settings.teacher != "none":
+            raise ValueError(f"--teacher {settings.teacher} is for --kind vqkd; a dvae has no teacher")
+        config = DiscreteVAEConfig(
+            img_size=settings.img_size or 112,
+            vocab_size=settings.vocab_size,
+            code_dim=settings.code_dim or 16,
+            hidden_dim=settings.hidden_dim,
+            num_layers=settings.num_layers,
+            quantizer=settings.quantizer,
+            revive_after_steps=settings.revive_after_steps,
+        )
+        return DiscreteVAE(config).to(device), None
+    encoder = variant(settings.model)
+    size = settings.img_size or encoder.image_height_width[0]
+    check_size((size, size), encoder.patch_size)
+    teacher, width = open_teacher(settings.teacher, size, encoder.patch_size, device)
+    sizes = VQKDConfig(
+        img_size=size,
+        patch_size=encoder.patch_size,
+        embed_dim=encoder.embed_dim,
+        encoder_depth=encoder.depth,
+        decoder_depth=settings.decoder_depth,
+        num_heads=encoder.num_heads,
+        vocab_size=settings.vocab_size,
+        code_dim=settings.code_dim or 32,
+        teacher_dim=width,
+        revive_after_steps=settings.revive_after_steps,
+    )
+    return VQKD(sizes).to(device), teacher
+
+
+def open_teacher(name: str, size: int, patch_size: int, device: torch.device) -> tuple[Teacher, int]:
+    """A teacher for pictures of size x size, and its width T; refused if it says nothing of each token."""
+    side = size // patch_size
+    if name == "none":
+        says: Teacher = partial(patch_pixels, patch_size=patch_size)
+    elif name.endswith(".pt2"):
+        says = torch.export.load(name).module().to(device)
+    else:
+        model = load_model(name, dtype=torch.float32).to(device).requires_grad_(False)
+        says = partial(model_features, model, (side, side))
+
+    @torch.no_grad()
+    def teacher(images: Tensor) -> Tensor:
+        return says(images)
+
+    try:
+        said = teacher(torch.zeros(2, 3, size, size, device=device))
+    except Exception as error:  # whatever an exported program raises
+        raise ValueError(
+            f"the teacher {name} cannot take two pictures of {size} x {size}: {error}. An exported one "
+            "takes (B, 3, height, width) in [0, 1] with any B, at the size of the token view"
+        ) from error
+    if said.ndim != 3 or said.shape[:2] != (2, side**2):
+        raise ValueError(
+            f"the teacher {name} gives {tuple(said.shape)} for two pictures; these tokens need "
+            f"(2, {side**2}, width), one row for each of {side} x {side}"
+        )
+    return teacher, said.shape[2]
+
+
+def model_features(model: Beit, grid: tuple[int, int], images: Tensor) -> Tensor:
+    """What a model says of each patch: (B, 3, H, W) in [0, 1] -> (B, h * w, D).
+
+    It sees them at h x w of its own patches, normalised as its ImageSpec says. Of a pre-trained BEiT
+    the middle is taken, as by `probe`: its last blocks turn to the guessing of tokens.
+    """
+    size = [side * model.config.patch_size for side in grid]
+    images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+    depth = model.config.depth
+    pretrained = isinstance(model, BeitForMaskedImageModeling)
+    (states,) = model.layers(
+        normalise(images, model.image_spec), [default_layer(depth) if pretrained else depth]
+    )
+    if pretrained:
+        return F.layer_norm(states, states.shape[-1:])[:, 1:]
+    return getattr(model, "fc_norm", model.norm)(states)[:, 1:]
+
+
+# --- How it goes ---------------------------------------------------------------------------------
+
+
+class Seen(nn.Module):
+    """Codes and errors since the last line of metrics. Buffers, so that they are saved with the
+    weights, and a line after a resume is the mean of all its steps."""
+
+    counts: Tensor
+    error: Tensor
+    steps: Tensor
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(vocab_size, dtype=torch.int64))
+        self.register_buffer("error", torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def add(self, token_ids: Tensor, error: Tensor) -> None:
+        """Take in a step, unless it is not finite."""
+        finite = error.detach().isfinite()
+        self.counts += torch.bincount(token_ids.flatten(), minlength=len(self.counts)) * finite
+        self.error += torch.where(finite, error.detach(), 0)
+        self.steps += finite
+
+    def mean_error(self) -> float:
+        """Of the steps since the last `clear`."""
+        return (self.error / self.steps.clamp(min=1)).item()
+
+    def clear(self) -> None:
+        """Begin a new line."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+
+def in_words(tokenizer: DiscreteVAE | VQKD, error: float) -> dict[str, float]:
+    """An error by the name that its kind of tokenizer is judged by."""
+    return {"psnr_db": psnr(error)} if isinstance(tokenizer, DiscreteVAE) else {"cosine": 1 - error}
+
+
+def readable(source: ImageSource, indices: np.ndarray) -> Iterator[np.ndarray]:
+    """The pictures of these numbers that can be read."""
+    for index in indices.tolist():
+        with suppress(BadImage):
+            yield source.read(index)
+
+
+@torch.no_grad()
 def judge(
-    tokenizer: DiscreteVAE, source: ImageSource, device: torch.device, most: int = 4096
+    tokenizer: DiscreteVAE | VQKD,
+    teacher: Teacher | None,
+    source: ImageSource,
+    device: torch.device,
+    most: int = 4096,
 ) -> tuple[CodebookUse, float, list[list[np.ndarray]]]:
-    """Code use and PSNR over up to `most` whole pictures, and a sheet: originals over reconstructions."""
-    size = tokenizer.config.img_size
+    """Code use and error over up to `most` whole pictures, and a sheet: originals over reconstructions.
+
+    What cannot draw is drawn: each token as the mean of the patches that took it.
+    """
+    size, stride = tokenizer.config.img_size, tokenizer.stride
     spec = ImageSpec(size=(size, size), crop_ratio=1.0)
     chosen = np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)
-    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    squared = 0.0
-    shown: list[tuple[np.ndarray, np.ndarray]] = []  # a picture of each batch
+    counts = torch.zeros(tokenizer.vocab_size, device=device)
+    patches = torch.zeros(tokenizer.vocab_size, 3 * stride**2, device=device)  # sums
+    error, seen = 0.0, 0
+    shown: list[tuple[Tensor, Tensor]] = []  # a picture of each batch, and its tokens
 
     for part in np.array_split(chosen, max(10, -(-len(chosen) // 64))):
-        if not len(part):
+        pictures = [resize_and_crop(image, spec) for image in readable(source, part)]
+        if not pictures:
             continue
-        images = to_unit([resize_and_crop(source.read(int(i)), spec) for i in part], device)
+        images = to_unit(pictures, device)
+        seen += len(pictures)
         token_ids = tokenizer.encode(images)
-        drawn = tokenizer.decode(token_ids)
-        counts += np.bincount(token_ids.flatten().cpu().numpy(), minlength=tokenizer.vocab_size)
-        squared += float((drawn.double() - images).square().mean(dim=(1, 2, 3)).sum())
-        shown.append((to_bytes(images[:1])[0], to_bytes(drawn[:1])[0]))
+        counts += torch.bincount(token_ids.flatten(), minlength=tokenizer.vocab_size)
+        if isinstance(tokenizer, DiscreteVAE):
+            wrong = (tokenizer.decode(token_ids).double() - images).square().mean(dim=(1, 2, 3))
+        else:
+            assert teacher is not None
+            said = tokenizer.decode_features(token_ids)
+            wrong = 1 - F.cosine_similarity(said, teacher(images), dim=-1).double().mean(dim=1)
+            rows = F.pixel_unshuffle(images, stride).flatten(2).transpose(1, 2).flatten(0, 1)
+            patches.index_add_(0, token_ids.flatten(), rows)
+        error += float(wrong.sum())
+        shown.append((images[0], token_ids[0]))
     some = [shown[i] for i in np.linspace(0, len(shown) - 1, min(10, len(shown))).astype(int)]
-    sheet = [[original for original, _ in some], [drawn for _, drawn in some]]
-    return codebook_use(counts), psnr(squared / len(chosen)), sheet
+    token_ids = torch.stack([ids for _, ids in some])
+    if isinstance(tokenizer, DiscreteVAE):
+        drawn = tokenizer.decode(token_ids)
+    else:
+        mean_patch = patches / counts.clamp(min=1)[:, None]
+        drawn = F.pixel_shuffle(mean_patch[token_ids].permute(0, 3, 1, 2), stride)
+    sheet = [list(to_bytes(torch.stack([image for image, _ in some]))), list(to_bytes(drawn))]
+    return codebook_use(counts.cpu().numpy()), error / seen, sheet

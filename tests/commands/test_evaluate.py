@@ -1,17 +1,26 @@
-"""`beit evaluate` against counting the answers of `beit classify`."""
+"""`beit evaluate` against counting the answers of `beit classify`, and against a loop of ten lines."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import Cli, write_shapes
 from PIL import Image
 
-from beit.checkpoints import load
+from beit.checkpoints import load, save
+from beit.commands.evaluate import Evaluate, evaluate, preset_spec
+from beit.data import open_source
 from beit.engine import Engine
+from beit.hub import class_names
+from beit.image import HALF, IMAGENET_MEAN
+from beit.model import Beit, BeitConfig, BeitForImageClassification
 
 from .conftest import Done
 
@@ -77,8 +86,83 @@ def test_the_table_names_classes_counts_and_mistakes(cli: Cli, finetuned: Done, 
 
 def test_the_preparation_is_named_as_it_was(cli: Cli, finetuned: Done, shapes: Path) -> None:
     result = json.loads(cli("evaluate", shapes, model=finetuned.folder, json=True)[1])
-    assert load(finetuned.folder).image_spec.crop_ratio == 1.0
-    assert "1.0" in result["preprocessing"]
+    spec = load(finetuned.folder).image_spec
+    assert result["preset"] == "the model's own"
+    assert result["preprocessing"] == json.loads(json.dumps(asdict(spec)))
+    _, out, _ = cli("evaluate", shapes, model=finetuned.folder, preset="transformers")
+    assert "prepared as transformers: squashed to 32 x 32, bilinear, mean 0.5/0.5/0.5" in out
+
+
+@torch.no_grad()
+def loop(folder: Path, data: Path, preset: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ten lines that owe nothing to the engine: Pillow, NumPy and the model."""
+    model, logits, labels = load(folder).eval(), [], []
+    ratio = {"unilm": 0.875, "timm": 0.9, "transformers": None}[preset]
+    for label, name in enumerate(["disc", "square", "triangle"]):
+        for file in sorted((data / name).iterdir()):
+            image = Image.open(file).convert("RGB")
+            if ratio is None:
+                image = image.resize((32, 32), Image.Resampling.BILINEAR)
+            else:
+                short, scale = int(32 / ratio), int(32 / ratio) / min(image.size)
+                width, height = (short if s == min(image.size) else int(s * scale) for s in image.size)
+                left, top = round((width - 32) / 2), round((height - 32) / 2)
+                image = image.resize((width, height), Image.Resampling.BICUBIC)
+                image = image.crop((left, top, left + 32, top + 32))
+            pixels = (np.asarray(image, dtype=np.float32) / 255 - 0.5) / 0.5
+            logits.append(model(torch.from_numpy(pixels.transpose(2, 0, 1)[None])).numpy()[0])
+            labels.append(label)
+    return np.stack(logits), np.array(labels)
+
+
+@pytest.fixture(scope="module")
+def oblong(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four shapes stretched to different sizes, some in a wrong folder."""
+    rng = np.random.default_rng(0)
+    folder = write_shapes(tmp_path_factory.mktemp("oblong"), 8, seed=9)
+    for file in sorted(folder.rglob("*.png")):
+        with Image.open(file) as image:
+            stretched = image.resize((int(rng.integers(34, 90)), int(rng.integers(34, 90))))
+        stretched.save(file)
+    (folder / "disc/00.png").rename(folder / "square/moved.png")
+    return folder
+
+
+@pytest.mark.parametrize("preset", ["unilm", "timm", "transformers"])
+def test_each_preset_equals_a_loop_of_ten_lines(
+    finetuned: Done, oblong: Path, preset: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logits, labels = loop(finetuned.folder, oblong, preset)
+    result = evaluate(Evaluate(oblong, model=str(finetuned.folder), preset=preset, json=True))
+    right = logits.argmax(axis=1) == labels
+    assert result["top1"] == right.mean() < 1
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(axis=1, keepdims=True)
+    assert result["nll"] == pytest.approx(-np.log(p[np.arange(24), labels]).mean(), abs=1e-5)
+    for number, name in enumerate(["disc", "square", "triangle"]):
+        assert result["per_class"][name] == right[labels == number].mean()
+    engine = Engine(finetuned.folder)
+    engine.model.image_spec = preset_spec(engine.model, preset)
+    np.testing.assert_allclose(engine.logits_of(open_source(oblong)), logits, atol=1e-5)
+
+
+def test_presets_are_different_preparations(finetuned: Done, oblong: Path) -> None:
+    every = [loop(finetuned.folder, oblong, preset)[0] for preset in ("unilm", "timm", "transformers")]
+    for one in range(3):
+        assert not np.allclose(every[one], every[one - 1], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("embed_dim", "mean", "ratio"),
+    [(768, IMAGENET_MEAN, 0.9), (1024, IMAGENET_MEAN, 0.95), (1024, HALF, 0.9)],
+)
+def test_timms_preset_knows_its_large_v2(embed_dim: int, mean: Any, ratio: float) -> None:
+    """timm's published crop_pct: 0.9, and 0.95 for beitv2_large; v1's large have other means."""
+    config = BeitConfig(img_size=16, patch_size=16, embed_dim=embed_dim, depth=1, num_heads=4)
+    model = Beit(config)
+    model.image_spec = replace(model.image_spec, mean=mean)
+    spec = preset_spec(model, "timm")
+    assert (spec.crop_ratio, spec.mean, spec.size) == (ratio, mean, (16, 16))
 
 
 def test_a_set_with_some_of_the_classes_is_scored_by_name(
@@ -92,8 +176,183 @@ def test_a_set_with_some_of_the_classes_is_scored_by_name(
     result = json.loads(cli("evaluate", tmp_path, model=finetuned.folder, json=True)[1])
     assert result["per_class"].keys() == {"square", "triangle"}
     top1, _ = counted(cli, finetuned, tmp_path)
-    assert result["top1"] == pytest.approx(top1)
+    assert result["top1_among_all"] == pytest.approx(top1)
     assert top1 > 0.5
+    logits = Engine(finetuned.folder).logits_of(open_source(tmp_path))
+    labels = np.array([0] * 5 + [1] * 5)
+    assert result["top1"] == (logits[:, 1:].argmax(axis=1) == labels).mean()
+    assert (result["classes"], result["model_classes"]) == (2, 3)
+    assert result["classes_without_pictures"] == ["disc"]
+    _, out, err = cli("evaluate", tmp_path, model=finetuned.folder)
+    assert "among the 2 classes that the data has; among all 3 of the model top-1 is " in out
+    assert "no picture of 1 of 3 classes: disc" in err
+
+
+def test_one_class_alone_is_scored_among_all(cli: Cli, finetuned: Done, tmp_path: Path) -> None:
+    """Among itself everything would be right."""
+    folder = write_shapes(tmp_path, 4, seed=3)
+    shutil.move(folder / "disc", folder / "triangle/more")  # read as triangles, which they are not
+    shutil.rmtree(folder / "square")
+    result = json.loads(cli("evaluate", folder, model=finetuned.folder, json=True)[1])
+    assert result["classes"] == 3
+    assert result["top1"] < 1
+
+
+# --- ImageNet ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny network with a head of ImageNet's 1,000 classes, named as the released ones are."""
+    torch.manual_seed(0)
+    config = BeitConfig(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=1000)
+    model = BeitForImageClassification(config)
+    torch.nn.init.normal_(model.head.weight)
+    names = class_names(1000)
+    assert names is not None
+    model.id2label = dict(enumerate(names))
+    folder = tmp_path_factory.mktemp("imagenet")
+    save(model, folder, {})
+    return folder
+
+
+CHOSEN = (0, 217, 571)  # tench, English springer, gas pump
+
+
+def imagenet_folder(root: Path, names: list[str]) -> Path:
+    """Three pictures for each of the chosen classes, in folders of these names."""
+    rng = np.random.default_rng(2)
+    for place, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for number in range(3):
+            file = root / name / f"ILSVRC2012_val_{10 * place + number + 1:08d}.png"
+            Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(file)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("matched_by", "names"),
+    [
+        ("synset", ["n01440764", "n02102040", "n03425413"]),
+        ("number", ["0", "217", "571"]),
+        ("synonym", ["tench", "english_springer", "petrol pump"]),
+    ],
+)
+def test_imagenet_folders_are_matched_by_synset_number_or_synonym(
+    imagenet: Path, tmp_path: Path, matched_by: str, names: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = imagenet_folder(tmp_path, names)
+    result = evaluate(Evaluate(folder, model=str(imagenet), json=True))
+    logits = Engine(imagenet).logits_of(open_source(folder))
+    truth = np.repeat([CHOSEN[names.index(n)] for n in open_source(folder).classes], 3)
+    assert result["matched_by"] == matched_by
+    assert result["top1_among_all"] == (logits.argmax(axis=1) == truth).mean()
+    among = np.array(CHOSEN)[logits[:, CHOSEN].argmax(axis=1)]
+    assert result["top1"] == (among == truth).mean()
+    assert result["classes"] == 3
+    assert len(result["classes_without_pictures"]) == 997
+    assert {n.split(",")[0] for n in result["per_class"]} == {"tench", "English springer", "gas pump"}
+
+
+def test_a_folder_that_several_classes_are_named_like_is_refused(
+    imagenet: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Crane is a bird and a machine."""
+    model = load(imagenet)
+    twice = [i for i, name in model.id2label.items() if name.startswith("crane")]
+    assert len(twice) == 2
+    model.id2label |= dict.fromkeys(twice, "crane")
+    save(model, tmp_path / "model", {})
+    folder = imagenet_folder(tmp_path / "data", ["crane", "tench, Tinca tinca"])
+    code, _, err = cli("evaluate", folder, model=tmp_path / "model")
+    assert code == 2
+    assert "the model has 2 classes named crane; name that folder by its number" in err
+
+
+def test_the_real_labels_accept_several_classes_by_the_number_of_the_picture(
+    imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = imagenet_folder(tmp_path / "val", ["n01440764", "n02102040", "n03425413"])
+    answers = Engine(imagenet).logits_of(open_source(folder)).argmax(axis=1).tolist()
+    lists: list[list[int]] = [[] for _ in range(30)]
+    lists[0] = [7, answers[0]]  # the first picture of the first class
+    lists[1] = [answers[1] ^ 1]
+    lists[21] = [answers[7]]  # the second of the third
+    (tmp_path / "real.json").write_text(json.dumps(lists))
+    settings = Evaluate(folder, model=str(imagenet), real_labels=tmp_path / "real.json", json=True)
+    assert evaluate(settings)["real_top1"] == pytest.approx(2 / 3)  # six pictures have none
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (None, "real.json does not exist"),
+        ([[1]] * 20, "ILSVRC2012_val_00000021.png is none of them"),
+        ([[1000]] * 30, "numbers more classes than the model's 1000"),
+    ],
+)
+def test_real_labels_that_do_not_fit_are_named(
+    cli: Cli, imagenet: Path, tmp_path: Path, content: Any, cause: str
+) -> None:
+    folder = imagenet_folder(tmp_path / "val", ["n01440764", "n02102040", "n03425413"])
+    if content is not None:
+        (tmp_path / "real.json").write_text(json.dumps(content))
+    code, _, err = cli("evaluate", folder, model=imagenet, real_labels=tmp_path / "real.json")
+    assert code == 2
+    assert cause in err
+
+
+# --- The report ----------------------------------------------------------------------------------
+
+
+def test_the_report_has_all_numbers_and_how_they_came(
+    cli: Cli, finetuned: Done, noisy: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.json"
+    code, out, _ = cli(
+        "evaluate", noisy, model=finetuned.folder, json=True, out=file, preset="unilm", batch_size=5
+    )
+    assert code == 0
+    printed, written = json.loads(out), json.loads(file.read_text())
+    assert {key: written[key] for key in printed} == printed
+    assert written["settings"]["preset"] == written["preset"] == "unilm"
+    confusion = np.array(written["confusion"])
+    assert confusion.sum() == 18
+    assert np.trace(confusion) / 18 == pytest.approx(printed["top1"])
+    for true, answer, often in printed["most_confused"]:
+        names = written["class_names"]
+        assert confusion[names.index(true), names.index(answer)] == often
+    bins = written["calibration"]
+    assert sum(bins["counts"]) == 18
+    assert len(bins["counts"]) == 15
+    gaps = np.abs(np.array(bins["accuracy"]) - bins["confidence"])
+    assert printed["ece"] == pytest.approx((gaps * bins["counts"]).sum() / 18)
+    low, high = printed["top1_interval"]
+    assert low < printed["top1"] < high
+    assert printed["top5_interval"] == [1.0, 1.0]
+
+
+def test_beyond_fifty_classes_the_worst_are_shown(cli: Cli, imagenet: Path, tmp_path: Path) -> None:
+    model = load(imagenet)
+    model.id2label = {i: f"kind {i:03d} of a thing with a very long name indeed" for i in range(1000)}
+    save(model, tmp_path / "model", {})
+    folder = imagenet_folder(tmp_path / "data", [model.id2label[i] for i in range(60)])
+    code, out, _ = cli("evaluate", folder, model=tmp_path / "model", out=tmp_path / "report.json")
+    assert code == 0
+    assert sum(line.startswith("│ kind") for line in out.splitlines()) == 20
+    assert "the 20 worst of 60 classes" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["confusion"] is None
+    assert len(written["per_class"]) == 60
+
+
+def test_a_report_that_cannot_be_written_is_named_before_the_work(
+    cli: Cli, finetuned: Done, shapes: Path
+) -> None:
+    code, out, err = cli("evaluate", shapes, model=finetuned.folder, out="/nowhere/report.json")
+    assert (code, out) == (6, "")
+    assert "cannot write /nowhere/report.json: /nowhere is not a folder" in err
 
 
 def cases(shapes: Path, pretrained: Done, finetuned: Done, tmp_path: Path) -> dict[str, Any]:
@@ -127,8 +386,6 @@ def test_what_cannot_be_scored_is_named(
 
 
 def test_scores_do_not_depend_on_who_asks(finetuned: Done, shapes: Path) -> None:
-    from beit.commands.evaluate import Evaluate, evaluate
-
     result = evaluate(Evaluate(shapes, model=str(finetuned.folder), json=True))
     assert result["top1"] == finetuned.result["val_accuracy"]
     assert Engine(finetuned.folder).labels == ["disc", "square", "triangle"]

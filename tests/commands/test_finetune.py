@@ -12,6 +12,7 @@ import torch
 from conftest import Cli, write_shapes
 
 from beit.checkpoints import load
+from beit.commands.finetune import Finetune
 from beit.data import open_source
 from beit.engine import Engine
 from beit.model import VARIANTS, BeitForImageClassification
@@ -54,7 +55,7 @@ def test_the_folder_is_as_documented(finetuned: Done) -> None:
 
 def test_what_was_taken_from_the_pretrained_model_is_told(finetuned: Done, pretrained: Done) -> None:
     assert f"{pretrained.folder}: used " in finetuned.said
-    assert "new fc_norm.bias, fc_norm.weight, head.bias, head.weight" in finetuned.said
+    assert "new fc_norm, head" in finetuned.said
 
 
 @pytest.fixture
@@ -86,6 +87,24 @@ def test_same_seed_gives_bit_equal_weights_and_a_stopped_run_goes_on_to_them(
     assert one.result == broken.result
     other = run(tmp_path / "2", "finetune", shapes, **options, seed=1)
     assert not torch.equal(one.weights["classifier.weight"], other.weights["classifier.weight"])
+
+
+def test_published_augmentation_trains_and_a_stopped_run_goes_on_to_the_same_weights(
+    shapes: Path, broken_run: Broken, tmp_path: Path
+) -> None:
+    options = {"model": "beit_mini_patch8_32", "steps": 12, **FINETUNE}
+    published = {"rand_augment": 9, "reprob": 0.25, "mixup": 0.8, "cutmix": 1.0}
+    whole = run(tmp_path / "whole", "finetune", shapes, **options, **published)
+    same_weights(broken_run(7, "finetune", shapes, **options, **published), whole)
+    plain = run(tmp_path / "plain", "finetune", shapes, **options).weights["classifier.weight"]
+    for name, value in published.items():
+        changed = run(tmp_path / name, "finetune", shapes, **options, **{name: value})
+        assert not torch.equal(changed.weights["classifier.weight"], plain), name
+
+
+def test_augmentation_is_off_unless_asked_for() -> None:
+    settings = Finetune(Path("data"), model="beit_mini_patch8_32", out=Path("run"))
+    assert (settings.rand_augment, settings.reprob, settings.mixup, settings.cutmix) == (0, 0, 0, 0)
 
 
 def test_without_a_model_folder_a_size_begins_from_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from conftest import Cli
 from PIL import Image
 
 import beit.commands.pretrain
+import beit.model
 from beit.checkpoints import load
+from beit.image import IMAGENET_MEAN
 from beit.model import VARIANTS, BeitForMaskedImageModeling
 from beit.tokenizer import DiscreteVAE
 
@@ -137,9 +140,9 @@ def test_published_mask_is_75_of_196_in_blocks_of_16(
     asked = []
     sample_mask = beit.commands.pretrain.sample_mask
 
-    def watch(*values: Any) -> np.ndarray:
-        asked.append((values[0], values[1], values[3]))
-        return sample_mask(*values)
+    def watch(grid: Any, count: int, rng: Any, min_block: int, exact: bool) -> np.ndarray:
+        asked.append((grid, count, min_block))
+        return sample_mask(grid, count, rng, min_block, exact=exact)
 
     monkeypatch.setattr(beit.commands.pretrain, "sample_mask", watch)
     large = {**short, "steps": 1, "img_size": 112, "batch_size": 2}
@@ -149,6 +152,65 @@ def test_published_mask_is_75_of_196_in_blocks_of_16(
     chosen = {**short, "steps": 1, "num_mask_patches": 5, "min_block": 2}
     run(tmp_path / "2", "pretrain", shapes / "train", **chosen)
     assert set(asked) == {((4, 4), 5, 2)}
+
+
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(
+    shapes: Path, tmp_path: Path, short: dict[str, Any]
+) -> None:
+    """The parts hide different numbers of patches; each patch counts alike all the same."""
+    options = {**short, "crop_ratio": 1, "steps": 3}
+    whole = run(tmp_path / "1", "pretrain", shapes / "train", **options)
+    parts = run(tmp_path / "2", "pretrain", shapes / "train", **options, device_batch_size=5)
+    assert whole.metrics[-1]["loss"] == pytest.approx(parts.metrics[-1]["loss"], rel=1e-5)
+    assert whole.metrics[-1]["grad_norm"] == pytest.approx(parts.metrics[-1]["grad_norm"], rel=1e-4)
+    for name, tensor in whole.weights.items():
+        assert torch.allclose(tensor, parts.weights[name], atol=3e-4), name
+
+
+def test_v2_adds_the_loss_of_the_aggregated_class_token(
+    shapes: Path, tmp_path: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mini = beit.model.VARIANTS["beit_mini_patch8_32"]
+    monkeypatch.setitem(beit.model.VARIANTS, "v2", dataclasses.replace(mini, early_layer=3))
+    asked = []
+    cross_entropy = beit.commands.pretrain.masked_loss
+
+    def watch(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = cross_entropy(logits, targets)
+        asked.append((loss.detach(), len(targets)))
+        return loss
+
+    monkeypatch.setattr(beit.commands.pretrain, "masked_loss", watch)
+    options = {**short, "model": "v2", "steps": 1, "exact_masks": True}
+    done = run(tmp_path / "run", "pretrain", shapes / "train", **options)
+    (main, count), (extra, _) = asked
+    assert count == 12 * 6, "exactly six of sixteen in each of twelve pictures"
+    assert done.metrics[-1]["loss"] == pytest.approx(float(main + extra) / count, rel=1e-5)
+    fresh = VARIANTS["v2"].for_pretraining(32)
+    torch.manual_seed(0)
+    start = BeitForMaskedImageModeling(fresh).state_dict()
+    moved = load(done.folder).state_dict()
+    assert not torch.equal(
+        start["cls_pt_layers.0.mlp.fc1.weight"], moved["cls_pt_layers.0.mlp.fc1.weight"]
+    )
+
+
+def test_pretraining_goes_on_from_a_trained_model_at_another_size(
+    shapes: Path, tmp_path: Path, short: dict[str, Any], pretrained: Done
+) -> None:
+    options = {**short, "model": pretrained.folder, "lr": 0, "steps": 1}
+    same = run(tmp_path / "1", "pretrain", shapes / "train", **options)
+    same_weights(same, pretrained)
+    larger = run(tmp_path / "2", "pretrain", shapes / "train", **options, img_size=48)
+    assert "resized rel_pos_bias.relative_position_bias_table" in larger.said
+    assert load(larger.folder).config.img_size == 48
+
+
+def test_statistics_travel_with_the_model(shapes: Path, tmp_path: Path, short: dict[str, Any]) -> None:
+    done = run(
+        tmp_path / "1", "pretrain", shapes / "train", **{**short, "steps": 1}, statistics="imagenet"
+    )
+    assert load(done.folder).image_spec.mean == IMAGENET_MEAN
 
 
 @pytest.mark.parametrize(
@@ -179,7 +241,6 @@ def test_what_is_no_tokenizer_ends_with_5(
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "run.toml").write_text('command = "TrainTokenizer"\n')
     for place, cause in (
-        (tmp_path / "nowhere", "does not exist"),
         (tmp_path / "unfinished", "has not finished"),
         (pretrained.folder, "not a visual tokenizer"),
     ):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cli
+from PIL import Image
 
 import beit.commands.probe as probe_command
 from beit.checkpoints import load
-from beit.commands.probe import stratified_fifth
-from beit.data import open_source
+from beit.commands.probe import Probe, probe, stratified_fifth
+from beit.data import ImageSource, open_source
 from beit.features import extract_features
 from beit.image import preprocess
 
 from .conftest import Done
 
 
-def result(cli: Cli, shapes: Path, model: Path, **options: object) -> dict[str, object]:
+def result(cli: Cli, shapes: Path, model: Path, **options: object) -> dict[str, Any]:
     code, out, _ = cli("probe", shapes, model=model, json=True, precision="fp32", **options)
     assert code == 0
     (line,) = out.splitlines()
@@ -29,7 +32,7 @@ def result(cli: Cli, shapes: Path, model: Path, **options: object) -> dict[str, 
 
 
 def test_a_linear_layer_reads_the_shapes(cli: Cli, shapes: Path, finetuned: Done) -> None:
-    found = result(cli, shapes, finetuned.folder, layer=4)
+    found = result(cli, shapes, finetuned.folder, layers=4)
     assert found["layer"] == 4
     assert float(str(found["accuracy"])) >= 0.8
 
@@ -52,7 +55,7 @@ def test_the_accuracy_is_scikit_learns_on_the_same_features(
         (features["train"] - mean) / std, labels["train"]
     )
     accuracy = theirs.score((features["val"] - mean) / std, labels["val"])
-    found = result(cli, shapes, finetuned.folder, layer=4, baseline=True)
+    found = result(cli, shapes, finetuned.folder, layers=4, baseline=True)
     assert found["accuracy"] == pytest.approx(accuracy, abs=1.01 / 15)  # one picture of 15
 
 
@@ -82,8 +85,10 @@ def test_the_penalty_that_was_chosen_is_the_one_of_the_final_fit(
 def test_same_seed_gives_the_same_numbers(cli: Cli, shapes: Path, pretrained: Done) -> None:
     one = result(cli, shapes, pretrained.folder)
     assert one == result(cli, shapes, pretrained.folder, workers=0, batch_size=5)
-    assert one.keys() == {"layer", "pooling", "accuracy", "untrained_accuracy"}
-    assert (one["layer"], one["pooling"]) == (3, "mean")
+    assert (one["layer"], one["pooling"], one["kind"]) == (3, "mean", "linear")
+    (row,) = one["rows"]
+    assert row["linear"]["accuracy"] == one["accuracy"]
+    assert row.keys() == {"layer", "pooling", "linear", "knn"}
 
 
 def test_the_untrained_network_may_be_left_out(cli: Cli, shapes: Path, pretrained: Done) -> None:
@@ -92,6 +97,99 @@ def test_the_untrained_network_may_be_left_out(cli: Cli, shapes: Path, pretraine
     assert "linear probe of layer 3, both: " in out
     assert "of 15 pictures right" in out
     assert "untrained" not in out
+
+
+def test_all_layers_and_poolings_come_from_one_pass(
+    cli: Cli, shapes: Path, finetuned: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, names = ImageSource.read, []
+
+    def watch(self: ImageSource, index: int) -> np.ndarray:
+        names.append(self.name(index))
+        return read(self, index)
+
+    monkeypatch.setattr(ImageSource, "read", watch)
+    settings = Probe(shapes, model=str(finetuned.folder), layers="2,4", pooling="all", baseline=False)
+    found = probe(settings)
+    assert [(r["layer"], r["pooling"]) for r in found["rows"]] == [
+        (layer, pooling) for layer in (2, 4) for pooling in ("mean", "cls", "both")
+    ]
+    assert len(names) == len(set(names)) == 36 + 15
+    for row in (found["rows"][0], found["rows"][4]):  # each as if it were asked for alone
+        alone = probe(replace(settings, layers=str(row["layer"]), pooling=row["pooling"]))
+        assert alone["rows"] == [row]
+
+
+def test_the_best_layer_is_the_one_that_the_held_out_fifth_names(
+    cli: Cli, shapes: Path, finetuned: Done
+) -> None:
+    for kind in ("linear", "knn"):
+        found = result(
+            cli, shapes, finetuned.folder, layers="2,4", pooling="all", kinds=f"{kind},few-shot"
+        )
+        rows = {(row["layer"], row["pooling"]): row[kind] for row in found["rows"]}
+        chosen = rows[found["layer"], found["pooling"]]
+        assert chosen["held_out"] == max(row["held_out"] for row in rows.values())
+        assert (found["accuracy"], found["interval"]) == (chosen["accuracy"], chosen["interval"])
+        assert found["kind"] == kind
+    assert [few["shots"] for few in found["few-shot"]] == [1, 5, 10]  # of 12 a class
+
+
+def test_attentive_and_few_shot_probes_read_one_layer(cli: Cli, shapes: Path, finetuned: Done) -> None:
+    found = result(cli, shapes, finetuned.folder, layers=4, kinds="attentive,few-shot")
+    assert found["attentive"]["layer"] == 4
+    assert found["accuracy"] == found["attentive"]["accuracy"] >= 0.8
+    assert found["rows"] == [{"layer": 4, "pooling": "mean"}]
+    code, out, _ = cli("probe", shapes, model=finetuned.folder, layers=4, kinds="few-shot,linear")
+    assert code == 0
+    few = [line for line in out.splitlines() if "a class, linear probe of layer 4, mean: " in line]
+    assert len(few) == 3
+    assert few[0].startswith("1 a class")
+
+
+def test_the_table_fits_a_terminal_and_marks_the_layer_of_the_paper(
+    cli: Cli, shapes: Path, finetuned: Done
+) -> None:
+    code, out, _ = cli(
+        "probe", shapes, model=finetuned.folder, layers="all", pooling="all", kinds="knn,linear"
+    )
+    assert code == 0
+    rows = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in rows if "mean" in row[1]] == ["1", "2", "3 *", "4"]
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    assert "20 nearest" in out
+    assert "3 of 4" in out
+
+
+def test_the_results_are_written_with_their_settings(
+    cli: Cli, shapes: Path, pretrained: Done, tmp_path: Path
+) -> None:
+    file = tmp_path / "probe.json"
+    found = result(cli, shapes, pretrained.folder, out=file, seed=3)
+    written = json.loads(file.read_text())
+    settings = written.pop("settings")
+    assert written == found
+    assert (settings["seed"], settings["model"]) == (3, str(pretrained.folder))
+
+
+def test_pictures_that_are_in_both_splits_are_all_named(
+    cli: Cli, shapes: Path, pretrained: Done, tmp_path: Path
+) -> None:
+    """Equal pixels, whatever the file; copies within a split are no leak."""
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    shutil.copy(data / "train/disc/03.png", data / "val/disc/leak.png")
+    with Image.open(data / "train/square/05.png") as image:
+        image.save(data / "val/disc/also.bmp")
+    shutil.copy(data / "train/disc/04.png", data / "train/disc/twice.png")
+    found = result(cli, data, pretrained.folder)
+    assert found["duplicates"] == [
+        [str(data / "train/disc/03.png"), str(data / "val/disc/leak.png")],
+        [str(data / "train/square/05.png"), str(data / "val/disc/also.bmp")],
+    ]
+    _, _, err = cli("probe", data, model=pretrained.folder)
+    assert "2 pictures are in both splits" in err
+    assert result(cli, shapes, pretrained.folder)["duplicates"] == []
 
 
 def test_words_and_json_say_the_same(cli: Cli, shapes: Path, pretrained: Done) -> None:
@@ -110,7 +208,16 @@ def test_the_split_that_is_scored_can_be_named(cli: Cli, shapes: Path, pretraine
 @pytest.mark.parametrize(
     ("wrong", "code", "cause"),
     [
-        ({"layer": 5}, 2, "layer 5 does not exist; this model has layers 0 to 4"),
+        ({"layers": "1,5"}, 2, "layer 5 does not exist; this model has layers 0 to 4"),
+        ({"layers": "last"}, 2, "--layers last is not all, paper, or numbers from 1 to 4, with commas"),
+        ({"layers": "-1"}, 2, "--layers"),
+        ({"kinds": "linear,svm"}, 2, "'svm' is not one of linear, knn, attentive, few-shot"),
+        ({"kinds": "attentive", "layers": "all"}, 2, "begin with linear, which chooses it"),
+        (
+            {"out": "/nowhere/probe.json"},
+            6,
+            "cannot write /nowhere/probe.json: /nowhere is not a folder",
+        ),
         ({"pooling": "max"}, 2, "max"),
         ({"batch_size": 0}, 2, "--batch-size"),
         ({"model": "nowhere"}, 5, "nowhere does not exist"),

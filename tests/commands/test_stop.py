@@ -1,17 +1,23 @@
-"""Ctrl-C and SIGTERM to a real process that trains: it saves, says so, and goes on to the same end."""
+"""Stop signals to real processes that train: they save, say so, and go on to the same end, in every phase."""
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ENVIRONMENT, command_line
+from conftest import ENVIRONMENT, ROOT, command_line
 
 from .conftest import PRETRAIN, Done, run, same_weights
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+CLOCKED = {"images_per_second", "data_wait_percent", "mfu_percent", "memory_mib"}
 
 
 def logged(out: Path) -> int:
@@ -19,8 +25,14 @@ def logged(out: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_a_process_stopped_twice_ends_with_the_weights_of_an_unbroken_run(
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    for _ in range(12000):
+        if condition() or process.poll() is not None:
+            return
+        time.sleep(0.01)
+
+
+def test_a_process_stopped_four_times_ends_with_the_weights_of_an_unbroken_run(
     shapes: Path, tokenizer: Done, tmp_path: Path
 ) -> None:
     options = {**PRETRAIN, "tokenizer": tokenizer.folder, "steps": 60, "log_every": 1, "drop_path": 0.2}
@@ -28,14 +40,13 @@ def test_a_process_stopped_twice_ends_with_the_weights_of_an_unbroken_run(
     command = [sys.executable, "-W", "error", "-m", "beit"]
     command += command_line("pretrain", shapes / "train", out=out, **options)
     before = 0
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+    for number, code in (
+        (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGHUP, 143),
+    ):  # fmt: skip
         with subprocess.Popen(
             command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
-            for _ in range(6000):
-                if logged(out) > before + 3 or process.poll() is not None:
-                    break
-                time.sleep(0.01)
+            wait_for(lambda: logged(out) > before + 3, process)
             process.send_signal(number)
             said, complained = process.communicate(timeout=60)
         assert (process.returncode, said) == (code, ""), complained
@@ -52,7 +63,128 @@ def test_a_process_stopped_twice_ends_with_the_weights_of_an_unbroken_run(
     unbroken = run(tmp_path / "unbroken", "pretrain", shapes / "train", **options)
     same_weights(ended, unbroken)
 
-    def numbers(done: Done) -> list[dict[str, float]]:
-        return [{k: v for k, v in line.items() if k != "images_per_second"} for line in done.metrics]
+    def numbers(done: Done) -> list[dict[str, Any]]:
+        return [{k: v for k, v in line.items() if k not in CLOCKED} for line in done.metrics]
 
     assert numbers(ended) == numbers(unbroken)
+
+
+# --- Phases that take long -------------------------------------------------------------------------
+
+# A training that, in one of its phases, is caught in a call of C which no signal ends.
+SCRIPT = """
+import hashlib, sys
+import beit.stop
+
+out, slow_phase = sys.argv[1:]
+beit.stop.GRACE_S = 1.0
+
+def phase(name):
+    if name == slow_phase:
+        print("there", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+
+def train():
+    phase("start-up")
+    from dataclasses import dataclass
+    from pathlib import Path
+    import torch
+    from torch import nn
+    from beit.optim import EMA, adamw, update
+    from beit.run import Run
+
+    @dataclass(frozen=True)
+    class Settings:
+        seed: int = 0
+
+    run = Run(Path(out), Settings())
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    optimizer, ema = adamw(list(model.parameters()), lr=0.1), EMA(model, 0.9)
+    for step, _ in run.steps(model, optimizer, 8, lambda steps: steps, 100, seed=0, ema=ema):
+        loss = (model(torch.randn(6, 4)) - step).square().sum()
+        loss.backward()
+        if step == 5:
+            phase("step")
+        update(optimizer, loss)
+        run.log(step + 1, loss=loss.item())
+        if step == 5:
+            phase("evaluation")
+    phase("report")
+    digest = hashlib.sha256()
+    for tensors in (model.state_dict(), ema.tensors):
+        for tensor in tensors.values():
+            digest.update(tensor.numpy().tobytes())
+    print(digest.hexdigest())
+
+try:
+    with beit.stop.stop_at_once():
+        train()
+except beit.stop.Stopped as stopped:
+    print(f"beit: {stopped}", file=sys.stderr)
+    sys.exit(stopped.exit_code)
+"""
+
+
+def train(out: Path, slow_phase: str = "") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", SCRIPT, str(out), slow_phase],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What an unbroken training prints: the SHA-256 of all its numbers."""
+    said, complained = train(tmp_path_factory.mktemp("unbroken") / "run").communicate(timeout=120)
+    assert len(said.strip()) == 64, complained
+    return said
+
+
+@pytest.mark.parametrize(
+    ("phase", "step"), [("start-up", 0), ("step", 5), ("evaluation", 6), ("report", 8)]
+)
+def test_a_signal_in_a_call_that_does_not_end_saves_what_is_done(
+    tmp_path: Path, digest: str, phase: str, step: int
+) -> None:
+    """In the step, batch norm has already seen the batch whose update is not made."""
+    with train(tmp_path / "run", phase) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        process.send_signal(signal.SIGTERM)
+        _, complained = process.communicate(timeout=60)
+    assert process.returncode == 143, complained
+    newest = max((int(p.name[5:]) for p in tmp_path.glob("run/checkpoints/step-*")), default=0)
+    assert newest == step
+    if phase in ("step", "evaluation"):
+        assert f"beit: stopped and saved at step {step} of 8" in complained
+    with train(tmp_path / "run") as process:
+        assert process.communicate(timeout=120)[0] == digest
+
+
+def test_a_step_has_half_of_what_is_promised_to_end_by_itself() -> None:
+    from beit import stop
+
+    assert stop.GRACE_S <= 5.0
+
+
+# --- Chaos -----------------------------------------------------------------------------------------
+
+
+def test_kills_stops_full_disks_and_damaged_files_change_nothing(tmp_path: Path) -> None:
+    """A sample of `make chaos`, which does it by hundreds."""
+    sizes = ["--kills=4", "--stops=4", "--full=1", "--damaged=1", f"--seed={time.time_ns() % 10**6}"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "chaos.py"), *sizes],
+        env=ENVIRONMENT | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted = json.loads(done.stdout)
+    assert counted["failures"] == []
+    assert [counted[what] for what in ("kills", "stops", "full disks", "damaged checkpoints")] == [
+        4,
+        4,
+        1,
+        1,
+    ]
+    print(f"a sample of `make chaos`, which was not run: {sizes}", file=sys.stderr)

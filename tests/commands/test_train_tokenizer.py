@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Cli
 from PIL import Image
 
 import beit.commands.train_tokenizer
-from beit.augment import to_unit
-from beit.checkpoints import load_tokenizer
+from beit.augment import normalise, to_unit
+from beit.checkpoints import load_model, load_tokenizer
+from beit.commands.train_tokenizer import model_features
 from beit.data import open_source
 from beit.image import ImageSpec, resize_and_crop
 from beit.metrics import psnr
 from beit.tokenizer import DiscreteVAE
+from beit.vqkd import VQKD, patch_pixels
 
-from .conftest import TOKENIZER, Broken, Done, run, same_weights
+from .conftest import PRETRAIN, TOKENIZER, Broken, Done, Options, run, same_weights
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -83,6 +87,7 @@ def test_the_settings_are_the_tokenizers(tokenizer: Done) -> None:
 
 SHORT = {**TOKENIZER, "steps": 8, "hidden_dim": 16}
 NAME = "train-tokenizer"
+VQKD_OPTIONS: Options = {"kind": "vqkd", "model": "beit_mini_patch8_32", "decoder_depth": 1}
 
 
 def test_same_seed_gives_bit_equal_weights_with_any_number_of_threads(
@@ -95,14 +100,24 @@ def test_same_seed_gives_bit_equal_weights_with_any_number_of_threads(
     assert not torch.equal(one.weights["codebook.weight"], other.weights["codebook.weight"])
 
 
-@pytest.mark.parametrize("quantizer", ["vq", "gumbel"])
-def test_a_stopped_run_goes_on_to_bit_equal_weights(
-    shapes: Path, tmp_path: Path, broken_run: Broken, quantizer: str
+@pytest.mark.parametrize(
+    "options", [{}, {"quantizer": "gumbel"}, VQKD_OPTIONS], ids=["vq", "gumbel", "vqkd"]
+)
+def test_a_stopped_run_goes_on_to_bit_equal_weights_and_the_same_metrics(
+    shapes: Path, tmp_path: Path, broken_run: Broken, options: Options
 ) -> None:
-    options = {**SHORT, "quantizer": quantizer}
-    broken = broken_run(5, NAME, shapes / "train", **options)
-    same_weights(broken, run(tmp_path / "unbroken", NAME, shapes / "train", **options))
-    assert "going on from step 5 of 8" in broken.said
+    options = {**SHORT, "revive_after_steps": 2, **options, "log_every": 4}  # a line of steps 5 to 8
+    broken = broken_run(6, NAME, shapes / "train", **options)
+    unbroken = run(tmp_path / "unbroken", NAME, shapes / "train", **options)
+    same_weights(broken, unbroken)
+    assert "going on from step 6 of 8" in broken.said
+    timed = ("images_per_second", "data_wait_percent", "memory_mib")
+    lines = [
+        [{k: v for k, v in line.items() if k not in timed} for line in done.metrics]
+        for done in (broken, unbroken)
+    ]
+    assert lines[0] == lines[1]
+    assert [line["step"] for line in lines[0]] == [4, 8]
 
 
 def test_dead_codes_are_warned_of_below_a_half(shapes: Path, tmp_path: Path, tokenizer: Done) -> None:
@@ -164,6 +179,8 @@ def test_other_settings_are_refused_and_overwrite_begins_again(
         ({"workers": -1}, "--workers"),
         ({"vocab_size": 0}, "--vocab-size"),
         ({"quantizer": "rvq"}, "rvq"),
+        ({"kind": "vqgan"}, "vqgan"),
+        ({"teacher": "clip.pt2"}, "--teacher clip.pt2 is for --kind vqkd; a dvae has no teacher"),
         ({"device": "tpu9"}, "tpu9"),
     ],
 )
@@ -176,14 +193,22 @@ def test_wrong_settings_end_with_2_and_leave_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_broken_picture_is_named_and_ends_the_training(cli: Cli, shapes: Path, tmp_path: Path) -> None:
+def test_a_broken_picture_is_passed_over_and_listed_and_too_many_end_the_run(
+    cli: Cli, shapes: Path, tmp_path: Path
+) -> None:
     (tmp_path / "photos").mkdir()
     for number, file in enumerate(sorted((shapes / "train" / "disc").iterdir())[:4]):
         content = file.read_bytes()[: 50 if number == 2 else None]
         (tmp_path / "photos" / f"{number}.png").write_bytes(content)
     code, _, err = cli(NAME, tmp_path / "photos", **SHORT, out=tmp_path / "run")
-    assert code == 2
-    assert "2.png: not a readable picture" in err
+    assert code == 0
+    assert "1 pictures could not be read" in err
+    assert "2.png" in (tmp_path / "run" / "bad_images.csv").read_text()
+    strict = {**SHORT, "out": tmp_path / "strict", "max_bad_images": 0}
+    code, _, err = cli(NAME, tmp_path / "photos", **strict)
+    assert code == 4
+    assert "2.png" in err
+    assert not (tmp_path / "strict" / "config.json").exists()
 
 
 def test_a_folder_without_pictures_is_refused(cli: Cli, tmp_path: Path) -> None:
@@ -191,4 +216,157 @@ def test_a_folder_without_pictures_is_refused(cli: Cli, tmp_path: Path) -> None:
     code, _, err = cli(NAME, tmp_path / "empty", **SHORT, out=tmp_path / "run")
     assert code == 2
     assert "holds no pictures" in err
+    assert not (tmp_path / "run").exists()
+
+
+# --- VQ-KD ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vqkd(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    out = tmp_path_factory.mktemp("runs") / "vqkd"
+    return run(out, NAME, shapes / "train", **{**TOKENIZER, **VQKD_OPTIONS, "steps": 60, "lr": 1e-3})
+
+
+def test_vqkd_comes_nearer_to_its_teacher(vqkd: Done) -> None:
+    assert vqkd.metrics[-1]["cosine"] > vqkd.metrics[0]["cosine"] + 0.1
+    assert vqkd.metrics[-1]["live_codes"] > 0.9
+
+
+def test_what_is_reported_of_vqkd_is_what_the_saved_one_does(vqkd: Done, shapes: Path) -> None:
+    images, model = pictures(shapes), load_tokenizer(vqkd.folder)
+    assert isinstance(model, VQKD)
+    assert (model.config.decoder_depth, model.config.embed_dim, model.config.code_dim) == (1, 96, 8)
+    token_ids = model.encode(images)
+    counts = np.bincount(token_ids.flatten(), minlength=32)
+    assert vqkd.result["live_codes"] == (counts > 0).mean()
+    said, target = model.decode_features(token_ids).numpy(), patch_pixels(images, 8).numpy()
+    lengths = np.linalg.norm(said, axis=-1) * np.linalg.norm(target, axis=-1)
+    cosine = ((said * target).sum(axis=-1) / lengths).mean()
+    assert vqkd.result["cosine"] == pytest.approx(cosine, abs=1e-5)
+    assert f"cosine to the teacher {vqkd.result['cosine']:.3f}" in vqkd.said
+
+
+def test_vqkd_is_shown_by_the_mean_patch_of_each_token(vqkd: Done, shapes: Path) -> None:
+    images, model = pictures(shapes), load_tokenizer(vqkd.folder)
+    token_ids = model.encode(images)
+    patches = images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5)  # (B, h, w, 3, 8, 8)
+    means = {int(i): patches[token_ids == i].mean(dim=0) for i in token_ids.unique()}
+    shown = torch.stack([means[int(i)] for i in token_ids[0].flatten()]).unflatten(0, (4, 4))
+    drawn = shown.permute(2, 0, 3, 1, 4).reshape(3, 32, 32)
+    with Image.open(vqkd.folder / "reconstructions.png") as sheet:
+        tile = np.asarray(sheet)[104:200, 4:100]  # the first, below its original, 3 x 3 for a pixel
+    expected = (drawn * 255).round().permute(1, 2, 0).numpy()
+    assert np.abs(tile[1::3, 1::3].astype(float) - expected).max() <= 1
+
+
+def test_pretraining_takes_a_vqkd_tokenizer(vqkd: Done, shapes: Path, tmp_path: Path) -> None:
+    options = {**PRETRAIN, "steps": 2}
+    done = run(tmp_path / "run", "pretrain", shapes / "train", tokenizer=vqkd.folder, **options)
+    assert done.weights["lm_head.weight"].shape[0] == 32
+
+
+def test_a_trained_model_may_be_the_teacher(shapes: Path, pretrained: Done, tmp_path: Path) -> None:
+    options = {**SHORT, **VQKD_OPTIONS, "teacher": pretrained.folder, "steps": 2}
+    done = run(tmp_path / "run", NAME, shapes / "train", **options)
+    tokenizer = load_tokenizer(done.folder)
+    assert isinstance(tokenizer, VQKD)
+    assert tokenizer.config.teacher_dim == 96
+    said = tokenizer.decode_features(tokenizer.encode(pictures(shapes)))
+    target = model_features(load_model(pretrained.folder), (4, 4), pictures(shapes))
+    cosine = F.cosine_similarity(said, target, dim=-1).mean().item()
+    assert done.result["cosine"] == pytest.approx(cosine, abs=1e-4)
+
+
+def test_a_teachers_features_are_those_of_its_own_size_and_statistics(pretrained: Done) -> None:
+    model = load_model(pretrained.folder)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model.image_spec = replace(model.image_spec, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    told = model_features(model, (4, 4), images)  # tokens of 16 pixels; its patches have 8
+    smaller = F.interpolate(images, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
+    state = model.layers((smaller - mean) / std, [3])[0][:, 1:]  # three quarters of 4 blocks
+    expected = (state - state.mean(-1, keepdim=True)) / (
+        state.var(-1, keepdim=True, correction=0) + 1e-5
+    ).sqrt()
+    torch.testing.assert_close(told, expected, atol=1e-5, rtol=0)
+
+
+def test_a_classifier_teaches_its_normed_last_patches(finetuned: Done) -> None:
+    model = load_model(finetuned.folder)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    told = model_features(model, (4, 4), images)
+    prepared = normalise(images, model.image_spec)
+    torch.testing.assert_close(
+        told, model.fc_norm(model.layers(prepared, [4])[0][:, 1:]), atol=1e-5, rtol=0
+    )
+
+
+class MeanColours(torch.nn.Module):
+    """A teacher that says of each patch its three mean colours."""
+
+    def __init__(self, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(images, self.patch_size).flatten(2).transpose(1, 2)
+
+
+def exported(file: Path, patch_size: int = 8, any_batch: bool = True) -> Path:
+    shapes = {"images": {0: torch.export.Dim("batch")}} if any_batch else None
+    program = torch.export.export(
+        MeanColours(patch_size), (torch.zeros(4, 3, 32, 32),), dynamic_shapes=shapes
+    )
+    torch.export.save(program, file)
+    return file
+
+
+def test_an_exported_program_may_be_the_teacher(shapes: Path, tmp_path: Path) -> None:
+    options = {**SHORT, **VQKD_OPTIONS, "teacher": exported(tmp_path / "colours.pt2")}
+    done = run(tmp_path / "run", NAME, shapes / "train", **options)
+    tokenizer = load_tokenizer(done.folder)
+    said = tokenizer.decode_features(tokenizer.encode(pictures(shapes)))  # type: ignore[union-attr]
+    colours = pictures(shapes).unflatten(3, (4, 8)).unflatten(2, (4, 8)).mean(dim=(3, 5))
+    cosine = F.cosine_similarity(said, colours.flatten(2).mT, dim=-1).mean().item()
+    assert done.result["cosine"] == pytest.approx(cosine, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "cause"),
+    [
+        (
+            {"patch_size": 16},
+            "gives (2, 4, 3) for two pictures; these tokens need (2, 16, width), one row",
+        ),
+        ({"any_batch": False}, "cannot take two pictures of 32 x 32"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_the_grid_is_refused_before_anything_starts(
+    cli: Cli, shapes: Path, tmp_path: Path, teacher: dict[str, Any], cause: str
+) -> None:
+    file = exported(tmp_path / "wrong.pt2", **teacher)
+    options = {**SHORT, **VQKD_OPTIONS, "out": tmp_path / "run", "teacher": file}
+    code, _, err = cli(NAME, shapes / "train", **options)
+    assert code == 2
+    assert f"the teacher {file}" in err
+    assert cause in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        ({"img_size": 36}, "img_size 36 is not a multiple of patch_size 8; use 32 or 40"),
+        ({"model": "beit_huge"}, "beit_huge"),
+        ({"teacher": "no/such/model"}, "no/such/model"),
+    ],
+)
+def test_wrong_settings_of_vqkd_leave_no_folder(
+    cli: Cli, shapes: Path, tmp_path: Path, wrong: dict[str, object], cause: str
+) -> None:
+    options = {**SHORT, **VQKD_OPTIONS, "out": tmp_path / "run", **wrong}
+    code, _, err = cli(NAME, shapes / "train", **options)
+    assert code != 0
+    assert cause in err
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,215 @@
+"""Many processes, one model: torchrun's environment, DDP, FSDP2, sums over processes.
+
+Everything here does nothing in a single process, so a loop is written once. A process is a rank of
+`size()`; rank 0 is the main one: it prints and writes. The run folder must be on a disk all nodes share.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from beit.precision import pick_device
+
+T = TypeVar("T")
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[torch.device]:
+    """Join the processes that torchrun (or srun) started; gives this one's device.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Gloo on a CPU, NCCL on GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield pick_device(device)
+        return
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    # Gloo beside NCCL: words and errors travel between hosts without a GPU.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    yield chosen
+    dist.destroy_process_group()  # not after an error: the others may be waiting for this process
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes."""
+    return rank() == 0
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, once for all processes."""
+    if is_main():
+        print(text, file=sys.stderr)
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Do something in the main process alone; every process gets its result, or raises its error."""
+    if size() == 1:
+        return work()
+    box: list[Any] = [None, None]
+    if is_main():
+        try:
+            box[0] = work()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+# --- Sums ----------------------------------------------------------------------------------------
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all processes."""
+    return _reduced(tensor, dist.ReduceOp.SUM)
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over all processes.
+
+    A loss summed over a process's share, divided by `mean(count)`, gives after DDP's averaging the
+    gradient of the mean over the whole batch, however the counts differ.
+    """
+    return total(tensor) / size()
+
+
+def highest(tensor: Tensor) -> Tensor:
+    """The maximum over all processes."""
+    return _reduced(tensor, dist.ReduceOp.MAX)
+
+
+def _reduced(tensor: Tensor, operation: Any) -> Tensor:
+    tensor = tensor.detach()
+    if size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, operation)
+    return tensor
+
+
+def accumulation(batch_size: int, device_batch_size: int, processes: int | None = None) -> int:
+    """How many parts a process takes its share of the batch in, so that `batch_size` stays what it is.
+
+    batch_size: of a step, over all processes. device_batch_size: the most at once; 0 for no limit.
+    """
+    processes = processes or size()
+    if batch_size % processes:
+        below = batch_size // processes * processes
+        nearest = f"{below} or {below + processes}" if below else f"{processes}"
+        fitting = max(n for n in range(1, processes) if batch_size % n == 0)
+        raise ValueError(
+            f"batch_size {batch_size} does not divide among {processes} processes; "
+            f"use --batch-size {nearest}, or {fitting} process{'es' * (fitting > 1)}"
+        )
+    share = batch_size // processes
+    return -(-share // (device_batch_size or share))
+
+
+# --- A finished model over processes ---------------------------------------------------------------
+
+
+def wrap(model: nn.Module, shard: bool = False) -> nn.Module:
+    """A model whose forward and backward pass work over all processes. Make its optimiser after this.
+
+    DDP: call what is returned; `model` keeps its names. shard: FSDP2; `model` itself, its parameters
+    now spread, a block at a time. Buffers that a forward pass changes are for their owner to `total`.
+    """
+    if size() == 1:
+        return model
+    device = next(model.parameters()).device
+    if not shard:
+        ids = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (size(),))
+    blocks = getattr(model, "blocks", None)
+    for block in blocks if isinstance(blocks, nn.ModuleList) else ():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def gradients_sent(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """The context of one part's forward and backward: only the last part's gradients are exchanged."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return nullcontext() if last else model.no_sync()
+    if any(map(is_sharded, model.parameters())):
+        from torch.distributed.fsdp import FSDPModule
+
+        assert isinstance(model, FSDPModule)
+        model.set_requires_gradient_sync(last)
+    return nullcontext()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over processes."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds; any other tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors of a sharded model, on the main process's CPU; {} in the others.
+
+    What is not sharded comes back as it is. All processes must call this.
+    """
+    if not any(map(is_sharded, tensors.values())):
+        return tensors
+    whole = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+        if is_main():
+            whole[name] = full.cpu()
+    return whole
+
+
+def unsharded(model: nn.Module, plain: nn.Module) -> nn.Module:
+    """A model on one device with the weights of a sharded one; `model` itself if it is not sharded.
+
+    plain: built from the same config; takes the weights in the main process. All must call this.
+    """
+    if not any(map(is_sharded, model.parameters())):
+        return model
+    weights = gathered(model.state_dict())
+    if is_main():
+        plain.load_state_dict(weights)
+    return plain
+
+
+def spread(whole: Tensor, target: Tensor) -> Tensor:
+    """This process's part of a whole tensor, laid out as `target`; the tensor itself if that is whole."""
+    if not is_sharded(target):
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(target, DTensor)
+    return distribute_tensor(
+        whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+    )

@@ -1,0 +1,75 @@
+"""Floating-point operations of a BEiT, counted from its config, and what a device could do a second.
+
+A multiplication and an addition count as two. Only matrix products are counted, as is usual for MFU
+(model FLOPs utilisation, arXiv 2204.02311, appendix B); what gradient checkpointing computes anew is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+
+import torch
+
+from beit.model import BeitConfig
+from beit.precision import Precision, autocast, resolve_precision
+
+# Dense bf16 peaks of NVIDIA's data sheets, TFLOP/s; the first match wins.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
+    "A10": 125,
+}  # fmt: skip
+
+
+def forward_flops(config: BeitConfig, masked: float = 0.0) -> float:
+    """FLOPs of one image's forward pass.
+
+    masked: patches whose tokens are guessed, for pre-training; 0 counts the classifier instead.
+    """
+    patches, width = config.grid[0] * config.grid[1], config.embed_dim
+    tokens = 1 + patches
+    block = tokens * (4 + 2 * config.mlp_ratio) * width**2 + 2 * tokens**2 * width
+    products = 1.0 * patches * config.in_chans * config.patch_size**2 * width
+    extra = config.head_layers if masked and config.early_layer else 0
+    products += (config.depth + extra) * block
+    if masked:
+        products += (2 if extra else 1) * masked * width * config.vocab_size
+    else:
+        products += width * config.num_classes
+    return 2.0 * products
+
+
+def training_flops(config: BeitConfig, masked: float = 0.0) -> float:
+    """FLOPs of one image's training step: the backward pass is two forward passes."""
+    return 3.0 * forward_flops(config, masked)
+
+
+def peak_flops(device: torch.device, precision: Precision, tflops: float = 0.0) -> tuple[float, str]:
+    """(FLOP/s, how it is known) that MFU is a share of: given, of the data sheet, or measured here."""
+    if tflops:
+        return tflops * 1e12, "as given"
+    resolved = resolve_precision(precision, device)
+    if device.type == "cuda" and resolved == "bf16":
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PEAK_TFLOPS.items():
+            if re.search(rf"\b{known}\b", name):
+                return peak * 1e12, f"the data sheet's for {known}, bf16"
+    return measured_flops(device, resolved), f"measured here by a matrix product, {resolved}"
+
+
+@functools.cache
+def measured_flops(device: torch.device, precision: Precision, size: int = 1024) -> float:
+    """FLOP/s of the best of five products of two (size, size) matrices."""
+    size = 8 * size if device.type == "cuda" else size
+    one = torch.randn(size, size, device=device)
+    best = float("inf")
+    with torch.no_grad(), autocast(precision, device):
+        matrix = torch.mm(one, one)  # in bf16 where autocast says so
+        for _ in range(6):
+            began = time.perf_counter()
+            torch.mm(matrix, matrix)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best

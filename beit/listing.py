@@ -1,0 +1,605 @@
+"""Which pictures a place holds, where each one lies, and its label: folders, lists, tar, Parquet.
+
+A listing is tables of numbers and bytes, never a list of Python objects: 14 million entries take about
+half a gigabyte, mapped from an index that is kept in the user's cache folder as long as the sizes and
+times of what was listed stay as they were.
+
+Layouts: one folder a class or none; .txt of paths; .csv of path,label; tar shards as WebDataset writes
+them (KEY.jpg beside KEY.cls, .json or .txt); Parquet as Hugging Face's datasets write it. Places may be
+fsspec addresses (s3://, hf:// ...). n = pictures.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+import tarfile
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from beit.image import IMAGE_EXTENSIONS, MAX_FILE_BYTES, BadImage
+from beit.workers import load_in_processes
+
+WORTH_KEEPING_S = 0.5  # an index that took longer to make is kept
+UNSETTLED_S = 2.0  # a file changed this lately may change again within its time stamp
+MAX_CLASSES = 100_000  # more different labels are captions
+CLASS_FILES = ("classes.txt", "classnames.txt")  # beside shards: the name of class 0, 1, ...
+
+_NO_NUMBERS = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Places(Sequence[Path]):
+    """Where n pictures lie: files below a root, or pieces of tar and Parquet files, which are the roots.
+
+    Item i is a path for people; `name` is the same as text, and exact for addresses.
+    """
+
+    roots: tuple[str, ...]
+    text: np.ndarray  # uint8; the names below their roots, one after the other
+    ends: np.ndarray  # (n,) int64; where each name ends
+    # Each (n,), or empty. The index of the root, else all have the first; in a tar the first byte, in
+    # Parquet the row group; in a tar the bytes, in Parquet the row in its group.
+    root: np.ndarray = field(default_factory=lambda: _NO_NUMBERS)
+    start: np.ndarray = field(default_factory=lambda: _NO_NUMBERS)
+    size: np.ndarray = field(default_factory=lambda: _NO_NUMBERS)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Path(self.name(range(len(self))[index]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Places) and all(
+            np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def name(self, index: int) -> str:
+        """The address of a picture: its path, or that of its shard, a slash and its name in there."""
+        begin = self.ends[index - 1] if index else 0
+        return _join(self._root(index), os.fsdecode(self.text[begin : self.ends[index]].tobytes()))
+
+    def _root(self, index: int) -> str:
+        return self.roots[self.root[index]] if len(self.root) else self.roots[0]
+
+    def content(self, index: int) -> bytes:
+        """The bytes of a picture's file. Raises BadImage."""
+        name, root = self.name(index), self._root(index)
+        if not len(self.start):
+            return _bytes(name, name)
+        start, size = int(self.start[index]), int(self.size[index])
+        if is_parquet(root):
+            return _parquet_image(root, start, size, name)
+        return _bytes(root, name, start, size)
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """Pictures, and their labels where all have one."""
+
+    places: Places
+    labels: np.ndarray  # (n,) int64, or empty
+    classes: tuple[str, ...]
+
+
+class _Rows:
+    """A listing in the making: compact, and quick to append to."""
+
+    def __init__(self) -> None:
+        self.text = bytearray()
+        self.ends, self.root, self.start, self.size, self.label = (array("q") for _ in range(5))
+        self.classes: dict[str, int] = {}
+
+    def add(
+        self, name: str | bytes, label: str | None, piece: tuple[int, int, int] | None = None
+    ) -> None:
+        self.text += name if isinstance(name, bytes) else os.fsencode(name)
+        self.ends.append(len(self.text))
+        if label is None or (label not in self.classes and len(self.classes) >= MAX_CLASSES):
+            self.label.append(-1)
+        else:
+            self.label.append(self.classes.setdefault(label, len(self.classes)))
+        if piece is not None:
+            for column, value in zip((self.root, self.start, self.size), piece, strict=True):
+                column.append(value)
+
+    def listing(self, roots: Sequence[str], names: Sequence[str] | None = None) -> Listing:
+        """names: of the classes that the labels number. Without, classes are sorted, numbers by value."""
+        columns = (np.frombuffer(c, np.int64) for c in (self.ends, self.root, self.start, self.size))
+        ends, root, start, size = (column if len(column) else _NO_NUMBERS for column in columns)
+        text = np.frombuffer(self.text, np.uint8)
+        size = np.minimum(size, 2**32 - 1).astype(np.uint32)  # far above what is ever read
+        places = Places(tuple(roots), text, ends, root.astype(np.uint32), start, size)
+        labels = np.frombuffer(self.label, np.int64) if self.label else _NO_NUMBERS
+        if not len(labels) or labels.min() < 0:
+            return Listing(places, _NO_NUMBERS, ())
+        found = list(self.classes)
+        if all(name.isdecimal() for name in found):
+            classes = [str(number) for number in sorted({int(name) for name in found})]
+            found = [str(int(name)) for name in found]
+            if names is not None:
+                if int(classes[-1]) >= len(names):
+                    raise ValueError(
+                        f"a label is {classes[-1]}, but only {len(names)} classes are named"
+                    )
+                found, classes = [names[int(name)] for name in found], list(names)
+        else:
+            classes = sorted(found)
+        place = {name: number for number, name in enumerate(classes)}
+        renumber = np.array([place[name] for name in found])
+        return Listing(places, renumber[labels], tuple(classes))
+
+
+# --- Addresses -----------------------------------------------------------------------------------
+
+
+def is_address(place: str) -> bool:
+    """Whether a place is one for fsspec, such as s3://bucket/folder."""
+    return "://" in place
+
+
+def is_parquet(place: str) -> bool:
+    """Whether a place is named as Parquet."""
+    return place.endswith(".parquet")
+
+
+def _join(root: str, name: str) -> str:
+    if not root or is_address(name):
+        return name
+    return f"{root.rstrip('/')}/{name}" if is_address(root) else os.path.join(root, name)
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """fsspec's file system of an address, and the path in it."""
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise ValueError(f'{address} needs fsspec: pip install "beit[remote]"') from None
+    try:
+        return url_to_fs(address)
+    except (ImportError, ValueError) as error:  # such as s3fs, which s3:// needs
+        raise ValueError(f"{address} cannot be opened: {error}") from error
+
+
+def _bytes(file: str, name: str, start: int = 0, size: int | None = None) -> bytes:
+    """A file, or `size` bytes of it; errors call it `name`."""
+    try:
+        if is_address(file):
+            system, path = file_system(file)
+            size = system.size(path) if size is None else size
+            _check_size(name, size)
+            return bytes(system.cat_file(path, start=start, end=start + size))
+        with open(file, "rb", opener=_without_waiting) as stream:
+            if size is None:
+                status = os.fstat(stream.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise BadImage("unreadable", name, "not a file")
+                size = status.st_size
+            _check_size(name, size)
+            stream.seek(start)
+            return stream.read(size)
+    except FileNotFoundError:
+        raise BadImage("missing", name, "no such file") from None
+    except OSError as error:
+        raise BadImage("unreadable", name, f"cannot be read ({error.strerror or error})") from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for its writer
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise BadImage("too_large", name, f"{size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
+
+
+def _open(place: str) -> IO[bytes]:
+    if is_address(place):
+        system, path = file_system(place)
+        return system.open(path, "rb")
+    return open(place, "rb")
+
+
+def exists(place: str) -> bool:
+    """Whether there is a file or a folder."""
+    return bool(file_system(place)[0].exists(place)) if is_address(place) else os.path.exists(place)
+
+
+def is_folder(place: str) -> bool:
+    """Whether there is a folder."""
+    return bool(file_system(place)[0].isdir(place)) if is_address(place) else os.path.isdir(place)
+
+
+def expand(pattern: str) -> list[str]:
+    """The files that a pattern names, sorted: {00..12} and {a,b} are spelled out, *, ? and [] matched."""
+    found: list[str] = []
+    for name in _spell_out(pattern):
+        if is_address(name):
+            system, path = file_system(name)
+            found += [str(system.unstrip_protocol(p)) for p in system.glob(path)]
+        else:
+            found += glob.glob(name, recursive=True) if re.search(r"[*?[]", name) else [name]
+    missing = [name for name in found if not exists(name)]
+    if missing:
+        raise ValueError(f"{missing[0]} does not exist, nor do {len(missing) - 1} others of {pattern}")
+    return sorted(found)
+
+
+def _spell_out(pattern: str) -> Iterator[str]:
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if span:
+        width = len(span[1])
+        middles = [f"{number:0{width}d}" for number in range(int(span[1]), int(span[2]) + 1)]
+    else:
+        middles = match[1].split(",")
+    for middle in middles:
+        yield from _spell_out(pattern[: match.start()] + middle + pattern[match.end() :])
+
+
+# --- The index that is kept ----------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where indices are kept: $XDG_CACHE_HOME/beit/index, or ~/.cache/beit/index."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit" / "index"
+
+
+def _kept(what: str, make: Callable[[], tuple[Listing, list[str]]]) -> Listing:
+    """make()'s listing, or the one kept under this name while what it watched has not changed.
+
+    make returns the listing and the files and folders that it was made from.
+    """
+    key = hashlib.sha256(os.fsencode(f"{what}\n{os.getcwd()}"))  # paths are kept as they were given
+    folder = cache_folder() / key.hexdigest()[:32]
+    with suppress(OSError, ValueError, KeyError):  # none there, or not whole: make it
+        about = json.loads((folder / "about.json").read_text())
+        if all(_stamp(place) == stamp for place, stamp in about["watched"]):
+            return _load(folder, about)
+    started, begun = time.monotonic(), time.time()
+    listing, watched = make()
+    if time.monotonic() - started > WORTH_KEEPING_S:
+        stamps = [(place, _stamp(place)) for place in watched]
+        settled = all(stamp[1] < (begun - UNSETTLED_S) * 1e9 for _, stamp in stamps if len(stamp) == 2)
+        if settled:
+            with suppress(OSError):  # a full or forbidden cache folder only costs time
+                _keep(folder, listing, stamps)
+    return listing
+
+
+def _stamp(place: str) -> list[Any]:
+    """[size, time in ns] of a file or folder; what fsspec knows it by; [] where there is none."""
+    try:
+        if is_address(place):
+            system, path = file_system(place)
+            return [system.ukey(path)]
+        status = os.stat(place)
+        return [status.st_size, status.st_mtime_ns]
+    except FileNotFoundError:
+        return []
+
+
+def _keep(folder: Path, listing: Listing, stamps: list[tuple[str, list[Any]]]) -> None:
+    """Write an index beside its place and rename it, so that there is never half of one."""
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    beside.mkdir(parents=True)
+    try:
+        for name, column in _columns(listing).items():
+            if len(column):
+                np.save(beside / f"{name}.npy", column)
+        about = {"roots": listing.places.roots, "classes": listing.classes, "watched": stamps}
+        (beside / "about.json").write_text(json.dumps(about))
+        shutil.rmtree(folder, ignore_errors=True)  # who has mapped the old one keeps it
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _columns(listing: Listing) -> dict[str, np.ndarray]:
+    columns = {f.name: getattr(listing.places, f.name) for f in fields(Places) if f.name != "roots"}
+    return columns | {"labels": listing.labels}
+
+
+def _load(folder: Path, about: dict[str, Any]) -> Listing:
+    names = [f.name for f in fields(Places) if f.name != "roots"] + ["labels"]
+    columns = {}
+    for name in names:
+        file = folder / f"{name}.npy"
+        columns[name] = np.load(file, mmap_mode="r") if file.exists() else _NO_NUMBERS
+    labels = columns.pop("labels")
+    return Listing(Places(tuple(about["roots"]), **columns), labels, tuple(about["classes"]))
+
+
+# --- Folders -------------------------------------------------------------------------------------
+
+
+def list_folder(root: str) -> Listing:
+    """The pictures in a folder and below it; the shards that lie there are its roots from the second on.
+
+    Pictures have the folder in the root as their class, unless some lie in the root itself. Hidden
+    files and folders are left out.
+    """
+
+    def make() -> tuple[Listing, list[str]]:
+        rows, roots = _Rows(), [root]
+        watched: list[str] = []
+        for name in (
+            _remote_files(root) if is_address(root) else _local_files(root, "", frozenset(), watched)
+        ):
+            if name.lower().endswith(IMAGE_EXTENSIONS):
+                first, slash, _ = name.partition("/")
+                rows.add(name, first if slash else None)
+            elif name.endswith((".tar", ".parquet")):
+                roots.append(_join(root, name))
+        return rows.listing(roots), watched
+
+    # fsspec does not know when a folder changed.
+    return make()[0] if is_address(root) else _kept(f"folder {root}", make)
+
+
+def _local_files(
+    root: str, inside: str, above: frozenset[tuple[int, int]], watched: list[str]
+) -> Iterator[str]:
+    """Names of all files below a folder, in the order of their parts; links are followed, loops not."""
+    here = os.path.join(root, inside)
+    status = os.stat(here)
+    if (status.st_dev, status.st_ino) in above:
+        return
+    watched.append(here)
+    folders: set[str] = set()
+    names: list[str] = []
+    with os.scandir(here) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                names.append(entry.name)
+                if entry.is_dir():
+                    folders.add(entry.name)
+    names.sort()
+    for name in names:
+        if name in folders:
+            deeper = above | {(status.st_dev, status.st_ino)}
+            yield from _local_files(root, f"{inside}{name}/", deeper, watched)
+        else:
+            yield inside + name
+
+
+def _remote_files(root: str) -> Iterator[str]:
+    system, path = file_system(root)
+    prefix = path.rstrip("/") + "/"
+    for name in sorted(system.find(path)):
+        inside = name[len(prefix) :] if name.startswith(prefix) else name
+        if not any(part.startswith(".") for part in inside.split("/")):
+            yield inside
+
+
+# --- Lists ---------------------------------------------------------------------------------------
+
+
+def list_text(file: str) -> Listing:
+    """A .txt of paths, one a line, beside which the paths begin."""
+
+    def make() -> tuple[Listing, list[str]]:
+        rows = _Rows()
+        with _open(file) as stream:
+            for number, line in enumerate(stream):
+                name = line.strip() if number else line.removeprefix(b"\xef\xbb\xbf").strip()
+                if name:
+                    rows.add(name, None)
+        return rows.listing([os.path.dirname(file)]), [file]
+
+    return _kept(f"text {file}", make)
+
+
+def list_csv(file: str, labelled: bool) -> Listing:
+    """A .csv with the columns path and, perhaps, label; paths begin beside it.
+
+    labelled: refuse rows without a label.
+    """
+
+    def make() -> tuple[Listing, list[str]]:
+        rows = _Rows()
+        # Spreadsheets begin theirs with a byte order mark.
+        with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream)
+            columns = next(reader, [])
+            if "path" not in columns:
+                raise ValueError(f"{file} needs a first line that names its columns: path,label")
+            path = columns.index("path")
+            label = columns.index("label") if "label" in columns else None
+            for row in reader:
+                if not row:
+                    continue
+                for name, column in (("path", path), ("label", label if labelled else None)):
+                    if column is not None and not "".join(row[column : column + 1]):
+                        raise ValueError(f"line {reader.line_num} of {file} has no {name}")
+                text = "".join(row[label : label + 1]) if label is not None else ""
+                rows.add(row[path], text or None)
+        return rows.listing([os.path.dirname(file)]), [file]
+
+    try:
+        return _kept(f"csv {labelled} {file}", make)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}); save it as such") from None
+
+
+# --- Tar shards ----------------------------------------------------------------------------------
+
+
+def list_tars(files: Sequence[str], workers: int = 0) -> Listing:
+    """Tar shards as WebDataset writes them; a plain tar of class folders also has their labels.
+
+    Labels are those of .cls, else the label in .json, else a .txt of one short line. Numbers are named
+    by the lines of a classes.txt beside the shards.
+    """
+
+    def make() -> tuple[Listing, list[str]]:
+        beside = [_beside(files[0], name) for name in CLASS_FILES]
+        named = next(filter(exists, beside), None)
+        names = None
+        if named:
+            with _open(named) as stream:
+                lines = stream.read().decode("utf-8-sig").splitlines()
+            names = [line.strip() for line in lines if line.strip()]
+        rows = _Rows()
+        shards = load_in_processes(lambda i: _tar_members(files[i]), range(len(files)), workers)
+        for number, members in enumerate(shards):
+            for name, label, start, size in members:
+                rows.add(name, label, (number, start, size))
+        return rows.listing(files, names), [*files, *beside]
+
+    return _kept("tars " + "\n".join(files), make)
+
+
+def _beside(file: str, name: str) -> str:
+    return _join(file.rpartition("/")[0], name) if "/" in file else name
+
+
+def _tar_members(file: str) -> list[tuple[str, str | None, int, int]]:
+    """(name, label, first byte, bytes) of each picture of a tar."""
+    pictures: list[tuple[str, str, int, int]] = []  # key, name, first byte, bytes
+    labels: dict[str, str] = {}
+    ranks = {"cls": 0, "json": 1, "txt": 2}
+    taken: dict[str, int] = {}  # the rank of the member that gave a key its label
+    try:
+        with _open(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                name = member.name.removeprefix("./")
+                folder, slash, base = name.rpartition("/")
+                if not member.isreg() or base.startswith("."):
+                    continue
+                stem, _, extension = base.partition(".")
+                key = folder + slash + stem
+                extension = extension.lower()
+                if name.lower().endswith(IMAGE_EXTENSIONS):
+                    pictures.append((key, name, member.offset_data, member.size))
+                elif extension in ranks and ranks[extension] < taken.get(key, 3):
+                    content = tar.extractfile(member)
+                    assert content is not None, "it is a regular file"
+                    label = _label(extension, content.read())
+                    if label is not None:
+                        labels[key], taken[key] = label, ranks[extension]
+    except tarfile.TarError as error:
+        raise ValueError(f"{file} is not a whole, uncompressed tar ({error})") from error
+    plain = {key for key, name, _, _ in pictures if "." not in name[len(key) + 1 :]}
+    # KEY.jpg hides KEY.mask.png, which belongs to it; IMG.2020.jpg alone is a picture.
+    pictures = [p for p in pictures if p[0] not in plain or "." not in p[1][len(p[0]) + 1 :]]
+    if labels or not all("/" in name for _, name, _, _ in pictures):
+        return [(name, labels.get(key), start, size) for key, name, start, size in pictures]
+    return [(name, name.partition("/")[0], start, size) for _, name, start, size in pictures]
+
+
+def _label(extension: str, content: bytes) -> str | None:
+    text = content.decode(errors="replace").strip()
+    if extension == "json":
+        with suppress(json.JSONDecodeError):
+            about = json.loads(text)
+            found = [about.get(key) for key in ("class_name", "label", "class", "cls")]
+            return next((str(v) for v in found if isinstance(v, (str, int))), None)
+        return None
+    if extension == "txt" and (len(text) > 100 or "\n" in text):
+        return None  # a caption
+    return text or None
+
+
+# --- Parquet -------------------------------------------------------------------------------------
+
+
+def list_parquet(files: Sequence[str]) -> Listing:
+    """Parquet files with the bytes of pictures in a column, as Hugging Face's datasets write them."""
+
+    def make() -> tuple[Listing, list[str]]:
+        rows, names, largest = _Rows(), None, 0
+        for number, file in enumerate(files):
+            parquet, _, label, names = _open_parquet(file)
+            labels = parquet.read(columns=[label]).column(0).to_pylist() if label else None
+            row = 0
+            for group in range(parquet.num_row_groups):
+                about = parquet.metadata.row_group(group)
+                largest = max(largest, about.total_byte_size)
+                for place in range(about.num_rows):
+                    value = labels[row] if labels else None
+                    unknown = value is None or value == -1  # a test set's
+                    rows.add(f"row {row}", None if unknown else str(value), (number, group, place))
+                    row += 1
+        if largest > 64_000_000:
+            print(
+                f"{files[0]}: a picture is read with its row group, here of up to {largest / 1e6:.0f} MB; "
+                "`beit shard` makes shards of it that read faster",
+                file=sys.stderr,
+            )
+        return rows.listing(files, names), list(files)
+
+    return _kept("parquet " + "\n".join(files), make)
+
+
+def _open_parquet(file: str) -> tuple[Any, str, str | None, list[str] | None]:
+    """The open file, its columns of bytes and of labels, and the names of the classes if it has them."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f'{file} needs pyarrow: pip install "beit[parquet]"') from None
+    try:
+        parquet = pyarrow.parquet.ParquetFile(_open(file) if is_address(file) else file)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file} is not a Parquet file ({error})") from error
+    schema = parquet.schema_arrow
+    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = about.get("info", {}).get("features", {})
+
+    def bytes_of(name: str) -> str | None:
+        kind = schema.field(name).type
+        if pyarrow.types.is_struct(kind):
+            return f"{name}.bytes" if kind.get_field_index("bytes") >= 0 else None
+        return name if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) else None
+
+    image = next((found for name in schema.names if (found := bytes_of(name))), None)
+    if image is None:
+        raise ValueError(f"{file} has no column of bytes; its columns are {', '.join(schema.names)}")
+    label = next((n for n in schema.names if features.get(n, {}).get("_type") == "ClassLabel"), None)
+    names = features[label].get("names") if label else None
+    label = label or next((n for n in ("label", "labels", "class", "cls") if n in schema.names), None)
+    return parquet, image, label, names
+
+
+@functools.lru_cache(maxsize=2)  # who reads in order reads each row group once
+def _row_group(file: str, group: int) -> Any:
+    parquet, image, _, _ = _open_parquet(file)
+    column = parquet.read_row_group(group, columns=[image], use_threads=False).column(0).combine_chunks()
+    return column.field("bytes") if "." in image else column
+
+
+def _parquet_image(file: str, group: int, row: int, name: str) -> bytes:
+    try:
+        content = _row_group(file, group)[row].as_py()
+    except (OSError, ValueError) as error:  # ArrowInvalid is one
+        raise BadImage("unreadable", name, f"cannot be read ({error})") from error
+    if content is None:
+        raise BadImage("missing", name, "a row without bytes")
+    _check_size(name, len(content))
+    return bytes(content)

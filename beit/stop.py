@@ -1,0 +1,128 @@
+"""Stop signals: a run that is asked to end saves first, within 10 s, wherever it is.
+
+Ctrl-C (SIGINT) ends with exit code 130; SIGTERM, SIGUSR1 (Slurm's warning before the time is up) and
+SIGHUP (a terminal that closed) with 143. A signal that was ignored stays ignored. No torch here: the
+signals are watched from the first line on.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+STOPS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+]
+END = b"\0"  # no signal has this number
+GRACE_S = 5.0  # for a step to end by itself; half of what is promised
+
+
+class Stopped(Exception):
+    """A loop was asked to stop, and has saved. `exit_code` is 130 (Ctrl-C) or 143."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def exit_code_of(number: int) -> int:
+    """130 for Ctrl-C, a person's; 143 for all others, a machine's."""
+    return 130 if number == signal.SIGINT else 143
+
+
+class StopRequest:
+    """Whether a stop signal came: a loop looks here after each step."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+
+    def __bool__(self) -> bool:
+        return self.exit_code != 0
+
+    def receive(self, number: int, _frame: object) -> None:
+        """The handler of the signals. A second Ctrl-C stops at once."""
+        if not self.exit_code:
+            self.exit_code = exit_code_of(number)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+
+class _StopNow(StopRequest):
+    def receive(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        name = signal.Signals(number).name
+        print(f"beit: stopped by {name}; give the same command to go on", file=sys.stderr)
+        # Not Stopped: whoever reads a broken file catches every Exception, and would say it is broken.
+        raise SystemExit(exit_code_of(number))
+
+
+@contextmanager
+def stop_signals(rescue: Callable[[], bool] | None = None) -> Iterator[StopRequest]:
+    """Turn stop signals into a request that a loop reads at its next step.
+
+    rescue: called from another thread when the loop takes longer than 5 s to read it, in a long step
+    or an evaluation; it saves, and says whether the process shall end here.
+    """
+    with _watched(StopRequest(), rescue or (lambda: True)) as request:
+        yield request
+
+
+@contextmanager
+def stop_at_once() -> Iterator[None]:
+    """Outside a loop, where all is on the disk: stop signals raise SystemExit or KeyboardInterrupt.
+
+    Where Python cannot raise, inside a long call of C, the process ends after 5 s.
+    """
+    with _watched(_StopNow(), lambda: True):
+        yield
+
+
+@contextmanager
+def _watched(request: StopRequest, rescue: Callable[[], bool]) -> Iterator[StopRequest]:
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # signals are somebody else's
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    numbers = [n for n in STOPS if signal.getsignal(n) is not signal.SIG_IGN]
+    wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, request.receive) for number in numbers}
+    watch = threading.Thread(target=_watch, args=(reader, numbers, rescue), daemon=True)
+    watch.start()
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup_before)
+        os.write(writer, END)  # a closed pipe would not do: forked processes hold it too
+        watch.join()
+        os.close(writer)
+        os.close(reader)
+
+
+def _watch(reader: int, numbers: list[int], rescue: Callable[[], bool]) -> None:
+    """Wait for a signal's number on a pipe, then for END; where that does not come, rescue and exit.
+
+    The main thread hears of a signal only between lines of Python; this one always does.
+    """
+    came = 0
+    while came not in numbers:
+        content = os.read(reader, 1)
+        if content == END:
+            return
+        came = content[0]
+    until = time.monotonic() + GRACE_S
+    while select.select([reader], [], [], max(0.0, until - time.monotonic()))[0]:
+        if os.read(reader, 1) == END:
+            return
+    if rescue():
+        sys.stderr.flush()
+        os._exit(exit_code_of(came))

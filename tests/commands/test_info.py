@@ -1,0 +1,87 @@
+"""`beit info`: the truth about a file, in words and as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Cli
+from random_models import GOLDEN, build
+from safetensors.torch import load_file
+
+from beit.checkpoints import load, save
+
+FILE = GOLDEN / "unilm-v1-finetune-relbias.pth"
+
+
+def test_a_file_is_described_in_words(cli: Cli) -> None:
+    code, out, err = cli("info", FILE)
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    count = sum(p.numel() for p in load(FILE).parameters())
+    for line in (
+        str(FILE),
+        "family BEiT classifier of 7 classes, 3 blocks of width 48, one bias table a block",
+        "format unilm file",
+        "img size 32 x 32 pixels, patches of 8",
+        "heads 4",
+        f"parameters {count:,}",
+        "dtype float32",
+        "ignored 3 entries: computed from the grid, never read",
+        "assumed layer_norm_eps 1e-06",
+        f"sha256 {hashlib.sha256(FILE.read_bytes()).hexdigest()}",
+    ):
+        assert line in lines
+
+
+def test_the_same_is_told_as_one_json_line(cli: Cli) -> None:
+    code, out, _ = cli("info", FILE, json=True)
+    assert code == 0
+    assert out.count("\n") == 1
+    facts = json.loads(out)
+    assert facts["parameters"] == sum(p.numel() for p in load(FILE).parameters())
+    assert facts["preparation"]["crop_ratio"] == 0.875
+    assert facts["heads"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("masked model", "BEiT masked-image model of 40 tokens, 3 blocks of width 24, one shared"),
+        ("v2 masked model", "BEiT v2 masked-image model of 40 tokens"),
+        ("plain classifier", "no bias table, absolute positions, no LayerScale"),
+        ("classifier without classes", "BEiT encoder, 3 blocks"),
+        ("encoder", "BEiT encoder, 3 blocks"),
+    ],
+)
+def test_families_are_told_apart(name: str, family: str, cli: Cli, tmp_path: Path) -> None:
+    save(build(name), tmp_path)
+    assert family in " ".join(cli("info", tmp_path)[1].split())
+
+
+def test_classes_and_provenance_are_shown(cli: Cli, tmp_path: Path) -> None:
+    save(build("classifier"), tmp_path, {"made_by": "a test"})
+    out = cli("info", tmp_path)[1]
+    assert "4: Katze; dog, big" in out
+    assert "made_by a test" in out
+
+
+def test_a_tokenizer_is_described(cli: Cli, tmp_path: Path) -> None:
+    facts = json.loads(cli("info", GOLDEN / "dalle-tiny-encoder.pkl", json=True)[1])
+    assert facts["family"] == "visual tokenizer, DalleTokenizer"
+    assert facts["tokens"] == "48, one for 8 x 8 pixels"
+    assert facts["can_draw"] is True
+    torch.save(load_file(GOLDEN / "vqkd-tiny.safetensors"), tmp_path / "vqkd.pth")
+    facts = json.loads(cli("info", tmp_path / "vqkd.pth", num_heads=4, json=True)[1])
+    assert facts["tokens"] == "64, one for 8 x 8 pixels"
+
+
+def test_what_is_no_model_ends_in_code_5(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "page.pth").write_text("<html>Not found</html>")
+    for source in (tmp_path / "page.pth", tmp_path, tmp_path / "nowhere"):
+        code, out, err = cli("info", source)
+        assert (code, out) == (5, "")
+        assert source.name in err

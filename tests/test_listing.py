@@ -1,0 +1,518 @@
+"""Listings: tar shards, Parquet, links, addresses, patterns, and the index that is kept."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import beit.listing
+from beit.data import ImageSource, has_split, list_pictures, open_source
+from beit.image import BadImage
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty place for indices."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "beit" / "index"
+
+
+def png(value: int, size: tuple[int, int] = (4, 3)) -> bytes:
+    """A picture whose first pixel tells which it is."""
+    stream = io.BytesIO()
+    Image.new("RGB", size, (value, 7, 9)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def shown(source: ImageSource) -> list[int]:
+    return [int(source.read(i)[0, 0, 0]) for i in range(len(source))]
+
+
+def named(source: ImageSource) -> list[str]:
+    return [source.classes[label] for label in source.labels]
+
+
+def write_tar(file: Path, members: dict[str, bytes | str]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for name, content in members.items():
+            raw = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(raw)
+            tar.addfile(member, io.BytesIO(raw))
+    return file
+
+
+# --- Tar shards ----------------------------------------------------------------------------------
+
+
+def test_webdataset_shards_have_pictures_and_the_numbers_of_their_classes(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s-0.tar", {"a.jpg": png(1), "a.cls": "10", "b.jpg": png(2), "b.cls": "9\n"})
+    write_tar(tmp_path / "s-1.tar", {"c.cls": "2", "c.webp": png(3)})
+    source = open_source(tmp_path, labelled=True)
+    assert shown(source) == [1, 2, 3]
+    assert source.classes == ("2", "9", "10")  # by value, so that 0 ... n - 1 are their own places
+    assert named(source) == ["10", "9", "2"]
+    assert [source.name(i) for i in range(3)] == [
+        f"{tmp_path}/s-0.tar/a.jpg", f"{tmp_path}/s-0.tar/b.jpg", f"{tmp_path}/s-1.tar/c.webp",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["classes.txt", "classnames.txt"])
+def test_numbers_are_named_by_the_lines_of_a_file_beside_the_shards(tmp_path: Path, file: str) -> None:
+    write_tar(tmp_path / "s.tar", {"a.jpg": png(1), "a.cls": "2", "b.jpg": png(2), "b.cls": "0"})
+    (tmp_path / file).write_text("zebra\nyak\nant\n")
+    source = open_source(tmp_path, labelled=True)
+    assert source.classes == ("zebra", "yak", "ant")
+    assert named(source) == ["ant", "zebra"]
+
+
+def test_a_label_beyond_the_named_classes_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s.tar", {"a.jpg": png(1), "a.cls": "2"})
+    (tmp_path / "classes.txt").write_text("zebra\nyak\n")
+    with pytest.raises(ValueError, match="a label is 2, but only 2 classes are named"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("members", "label"),
+    [
+        ({"a.json": '{"label": 3, "width": 4}'}, "3"),
+        ({"a.json": '{"class_name": "cat", "label": 3}'}, "cat"),
+        ({"a.json": '{"width": 4}', "a.txt": "cat"}, "cat"),
+        ({"a.txt": "tabby cat\n"}, "tabby cat"),
+        ({"a.cls": "1", "a.json": '{"label": 3}', "a.txt": "cat"}, "1"),
+        ({"a.txt": "cat", "a.json": '{"label": 3}', "a.cls": "1"}, "1"),
+    ],
+)
+def test_labels_may_be_json_or_text_and_cls_comes_first(
+    tmp_path: Path, members: dict[str, str], label: str
+) -> None:
+    write_tar(tmp_path / "s.tar", {"a.jpg": png(1), **members})
+    assert named(open_source(tmp_path / "s.tar", labelled=True)) == [label]
+
+
+@pytest.mark.parametrize("content", ["a cat\non a mat", "a cat " * 40])
+def test_captions_are_no_labels(tmp_path: Path, content: str) -> None:
+    write_tar(tmp_path / "s.tar", {"a.jpg": png(1), "a.txt": content})
+    assert not len(open_source(tmp_path / "s.tar").labels)
+
+
+def test_more_texts_than_a_set_has_classes_are_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beit.listing, "MAX_CLASSES", 3)
+    for number in (3, 4):
+        members = {
+            f"{i}.{end}": v for i in range(number) for end, v in (("jpg", png(i)), ("txt", f"n{i}"))
+        }
+        source = open_source(write_tar(tmp_path / f"{number}.tar", members))
+        assert len(source.classes) == (3 if number == 3 else 0)
+
+
+def test_one_picture_without_a_label_leaves_the_source_without(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s.tar", {"a.jpg": png(1), "a.cls": "1", "b.jpg": png(2)})
+    assert not len(open_source(tmp_path).labels)
+
+
+def test_a_plain_tar_of_class_folders_is_read_as_the_folders_would_be(tmp_path: Path) -> None:
+    members = {
+        "./cat/1.png": png(1),
+        "./dog/IMG.2020.png": png(2),
+        "./cat/._1.png": b"Mac",
+        "x.md": b"no",
+    }
+    source = open_source(write_tar(tmp_path / "s.tar", members), labelled=True)
+    assert shown(source) == [1, 2]
+    assert named(source) == ["cat", "dog"]
+
+
+def test_what_belongs_to_a_picture_is_not_one(tmp_path: Path) -> None:
+    members = {"a.jpg": png(1), "a.mask.png": png(99), "a.cls": "0", "IMG.2020.01.jpg": png(2)}
+    assert shown(open_source(write_tar(tmp_path / "s.tar", members))) == [1, 2]
+
+
+def test_long_and_foreign_names_are_kept(tmp_path: Path) -> None:
+    name = "Übungen/" + "x" * 150 + "/füße.png"
+    source = open_source(write_tar(tmp_path / "s.tar", {name: png(5)}))
+    assert source.name(0) == f"{tmp_path}/s.tar/{name}"
+    assert shown(source) == [5]
+
+
+def test_shards_of_a_split_are_told_by_their_names(tmp_path: Path) -> None:
+    for number, name in enumerate(
+        ["train-00000", "train-00001", "validation-0", "test_0", "in1k-val-3"]
+    ):
+        write_tar(tmp_path / "data" / f"{name}.tar", {"a.jpg": png(number)})
+    assert shown(open_source(tmp_path)) == [0, 1]
+    assert sorted(shown(open_source(tmp_path, "val"))) == [2, 4]
+    assert shown(open_source(tmp_path, "test")) == [3]
+    assert [has_split(tmp_path, split) for split in ("train", "val", "dev")] == [True, True, False]
+    with pytest.raises(ValueError, match="has shards named train but none named dev"):
+        open_source(tmp_path, "dev")
+
+
+def test_folders_of_splits_may_hold_shards(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train" / "0.tar", {"a.jpg": png(1)})
+    write_tar(tmp_path / "validation" / "0.tar", {"a.jpg": png(2)})
+    assert shown(open_source(tmp_path)) == [1]
+    assert shown(open_source(tmp_path, "val")) == [2]
+    assert has_split(tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("s-{00000..00002}.tar", [0, 1, 2]),
+        ("s-{00001..00002}.tar", [1, 2]),
+        ("s-0000{0,2}.tar", [0, 2]),
+        ("s-*.tar", [0, 1, 2, 3]),
+        ("?-00003.tar", [3]),
+        ("s-0000[1-3].tar", [1, 2, 3]),
+        ("{s,t}-00001.tar", [1, 11]),
+    ],
+)
+def test_patterns_name_shards(tmp_path: Path, pattern: str, expected: list[int]) -> None:
+    for number in range(4):
+        write_tar(tmp_path / f"s-{number:05d}.tar", {"a.jpg": png(number)})
+    write_tar(tmp_path / "t-00001.tar", {"a.jpg": png(11)})
+    assert shown(open_source(tmp_path / pattern)) == expected
+
+
+def test_a_pattern_that_names_what_is_not_there_says_so(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s-0.tar", {"a.jpg": png(0)})
+    with pytest.raises(ValueError, match=r"s-1\.tar does not exist, nor do 1 others of .*\{0\.\.2\}"):
+        open_source(tmp_path / "s-{0..2}.tar")
+
+
+def test_compressed_and_cut_tars_are_refused_by_name(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    with pytest.raises(ValueError, match=r"a\.tar is not a whole, uncompressed tar"):
+        open_source(tmp_path / "a.tar")
+    whole = write_tar(tmp_path / "b.tar", {"a.jpg": png(1), "b.jpg": bytes(4000)}).read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[:3000])
+    with pytest.raises(ValueError, match=r"b\.tar is not a whole, uncompressed tar"):
+        open_source(tmp_path / "b.tar")
+
+
+def test_pictures_come_before_stray_shards_which_are_mentioned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.png").write_bytes(png(1))
+    write_tar(tmp_path / "download.tar", {"a.jpg": png(2)})
+    assert shown(open_source(tmp_path)) == [1]
+    assert "1 shards beside the pictures are left out" in capsys.readouterr().err
+
+
+# --- Parquet -------------------------------------------------------------------------------------
+
+
+def write_parquet(
+    file: Path, values: list[int | None], names: list[str] | None, **options: object
+) -> None:
+    """The layout of Hugging Face's datasets: image {bytes, path}, label, features in the metadata."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    image = pyarrow.array(
+        [{"bytes": None if v is None else png(v), "path": f"{v}.png"} for v in values],
+        type=pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]),
+    )
+    label = pyarrow.array([(v or 0) % 3 for v in values], type=pyarrow.int64())
+    features: dict[str, object] = {"image": {"_type": "Image"}}
+    if names:
+        features["label"] = {"names": names, "_type": "ClassLabel"}
+    about = json.dumps({"info": {"features": features}})
+    table = pyarrow.table({"image": image, "label": label}).replace_schema_metadata(
+        {"huggingface": about}
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, file, **options)
+
+
+def test_parquet_of_hugging_face_has_pictures_labels_and_names(tmp_path: Path) -> None:
+    names = ["tench", "snake", "church"]
+    write_parquet(tmp_path / "data/train-00000-of-00002.parquet", [4, 5, 6, 7], names, row_group_size=3)
+    write_parquet(tmp_path / "data/train-00001-of-00002.parquet", [8], names)
+    write_parquet(tmp_path / "data/validation-00000-of-00001.parquet", [9], names)
+    source = open_source(tmp_path, labelled=True)
+    assert shown(source) == [4, 5, 6, 7, 8]
+    assert source.classes == ("tench", "snake", "church")
+    assert named(source) == [names[v % 3] for v in (4, 5, 6, 7, 8)]
+    assert source.name(4).endswith("train-00001-of-00002.parquet/row 0")
+    assert shown(open_source(tmp_path, "val")) == [9]
+
+
+def test_parquet_may_be_read_in_any_order_by_several_threads(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    write_parquet(tmp_path / "a.parquet", list(range(60)), None, row_group_size=7)
+    source = open_source(tmp_path / "a.parquet")
+    order = np.random.default_rng(0).permutation(60)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda i: int(source.read(i)[0, 0, 0]), order)) == order.tolist()
+
+
+def test_a_row_without_bytes_is_a_bad_picture(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [1, None], None)
+    with pytest.raises(BadImage, match="row 1: a row without bytes"):
+        open_source(tmp_path / "a.parquet").read(1)
+
+
+def test_parquet_without_pictures_names_its_columns(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.table({"x": [1], "y": ["a"]}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(ValueError, match="has no column of bytes; its columns are x, y"):
+        open_source(tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"b\.parquet is not a Parquet file"):
+        open_source(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize(
+    ("library", "place", "extra"),
+    [("pyarrow", "a.parquet", "parquet"), ("fsspec.core", "s3://bucket/x.tar", "remote")],
+)
+def test_missing_extra_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, place: str, extra: str
+) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ValueError, match=rf'pip install "beit\[{extra}\]"'):
+        open_source(place)
+
+
+# --- Folders on odd disks ------------------------------------------------------------------------
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "cat/._1.png", ".thumbnails/1.png", "cat/.cache/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(1))
+    assert list_pictures(tmp_path) == [tmp_path / "cat" / "1.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_to_folders_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.png").write_bytes(png(1))
+    (tmp_path / "data" / "dog").mkdir(parents=True)
+    (tmp_path / "data" / "dog" / "2.png").write_bytes(png(2))
+    (tmp_path / "data" / "cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "dog" / "up").symlink_to(tmp_path / "data")
+    source = open_source(tmp_path / "data", labelled=True)
+    assert shown(source) == [1, 2]
+    assert named(source) == ["cat", "dog"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names of POSIX")
+def test_names_that_are_not_utf8_and_names_with_line_ends_can_be_read(tmp_path: Path) -> None:
+    for number, name in enumerate([b"\xff\xfe.png", b"a\nb.png", b"c d.png"]):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as stream:
+            stream.write(png(number))
+    assert sorted(shown(open_source(tmp_path))) == [0, 1, 2]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_a_pipe_a_folder_and_a_dead_link_are_bad_pictures_and_nothing_waits(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("nowhere")
+    source = open_source(tmp_path)
+    with pytest.raises(BadImage, match=r"a\.png: not a file"):
+        source.read(0)
+    with pytest.raises(BadImage, match=r"b\.png: no such file"):
+        source.read(1)
+
+
+def test_a_place_is_a_sequence_of_paths(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(png(1))
+    paths = open_source(tmp_path).paths
+    expected = [tmp_path / f"{name}.png" for name in "abc"]
+    assert (list(paths), len(paths), paths[1:], paths[-1]) == (expected, 3, expected[1:], expected[2])
+    assert paths == open_source(tmp_path).paths
+    (tmp_path / "d.png").write_bytes(png(1))
+    assert paths != open_source(tmp_path).paths
+    with pytest.raises(IndexError):
+        paths[3]
+
+
+# --- Addresses -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket() -> Iterator[Callable[[str, bytes], None]]:
+    """Put files into fsspec's file system in memory."""
+    system = pytest.importorskip("fsspec").filesystem("memory")
+    yield lambda path, content: system.pipe_file(f"/bucket/{path}", content)
+    system.rm("/bucket", recursive=True)
+
+
+def test_a_folder_behind_an_address_is_as_one_on_disk(bucket: Callable[[str, bytes], None]) -> None:
+    bucket("set/train/cat/1.png", png(1))
+    bucket("set/train/dog/2.png", png(2))
+    bucket("set/val/dog/3.png", png(3))
+    for place in ("memory://bucket/set", Path("memory://bucket/set")):
+        source = open_source(place, labelled=True)
+        assert shown(source) == [1, 2]
+        assert named(source) == ["cat", "dog"]
+    assert source.name(0) == "memory://bucket/set/train/cat/1.png"
+    assert shown(open_source("memory://bucket/set", "val")) == [3]
+    assert has_split("memory://bucket/set", "val")
+
+
+def test_shards_and_lists_behind_an_address_are_as_those_on_disk(
+    bucket: Callable[[str, bytes], None], tmp_path: Path
+) -> None:
+    for number in range(2):
+        tar = write_tar(tmp_path / "x.tar", {"a.jpg": png(number), "a.cls": str(number)})
+        bucket(f"s/{number}.tar", tar.read_bytes())
+    bucket("s/classes.txt", b"ant\nbee\n")
+    bucket("p/1.png", png(7))
+    bucket("p/list.csv", b"path,label\n1.png,cat\n")
+    for place in ("memory://bucket/s", "memory://bucket/s/*.tar", "memory://bucket/s/{0..1}.tar"):
+        source = open_source(place, labelled=True)
+        assert (shown(source), named(source)) == ([0, 1], ["ant", "bee"])
+    source = open_source("memory://bucket/p/list.csv", labelled=True)
+    assert (shown(source), named(source)) == ([7], ["cat"])
+    (tmp_path / "list.txt").write_text("memory://bucket/p/1.png\n")
+    assert shown(open_source(tmp_path / "list.txt")) == [7]
+
+
+def test_an_address_that_leads_nowhere_is_named(bucket: Callable[[str, bytes], None]) -> None:
+    bucket("x", b"")
+    with pytest.raises(ValueError, match="memory://bucket/none does not exist"):
+        open_source("memory://bucket/none")
+
+
+# --- The index that is kept ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def keep_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beit.listing, "WORTH_KEEPING_S", -1.0)
+
+
+def grow_old(*places: Path) -> None:
+    """As if nothing had changed for an hour."""
+    for place in places:
+        for path in [place, *place.rglob("*")]:
+            os.utime(path, (time.time() - 3600, time.time() - 3600))
+
+
+def layouts(root: Path) -> dict[str, Path]:
+    """The same three labelled pictures in five layouts."""
+    for name, value in (("cat/1", 1), ("cat/2", 2), ("dog/3", 3)):
+        (root / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "folder" / f"{name}.png").write_bytes(png(value))
+    members = {
+        "1.png": png(1),
+        "1.cls": "cat",
+        "2.png": png(2),
+        "2.cls": "cat",
+        "3.png": png(3),
+        "3.cls": "dog",
+    }
+    write_tar(root / "tar" / "s.tar", members)  # type: ignore[arg-type]
+    (root / "list.csv").write_text(
+        "path,label\nfolder/cat/1.png,cat\nfolder/cat/2.png,cat\nfolder/dog/3.png,dog\n"
+    )
+    (root / "list.txt").write_text("folder/cat/1.png\nfolder/cat/2.png\nfolder/dog/3.png\n")
+    grow_old(root)
+    return {
+        "folder": root / "folder",
+        "tar": root / "tar",
+        "csv": root / "list.csv",
+        "txt": root / "list.txt",
+    }
+
+
+@pytest.mark.usefixtures("keep_all")
+@pytest.mark.parametrize("layout", ["folder", "tar", "csv", "txt"])
+def test_a_kept_index_says_the_same_and_is_not_made_again(
+    tmp_path: Path, cache: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = layouts(tmp_path / "data")[layout]
+    made = open_source(place)
+    assert list(cache.iterdir())
+    assert not list(cache.glob(".*")), "nothing half-written is left"
+    monkeypatch.setattr(beit.listing, "_Rows", None)  # whoever makes one anew, fails
+    kept = open_source(place)
+    assert isinstance(kept.paths.text, np.memmap)
+    assert kept.paths == made.paths
+    assert (shown(kept), kept.classes) == ([1, 2, 3], made.classes)
+    np.testing.assert_array_equal(kept.labels, made.labels)
+
+
+@pytest.mark.usefixtures("keep_all")
+@pytest.mark.parametrize("settled", [True, False])
+def test_what_changed_is_listed_anew(tmp_path: Path, settled: bool) -> None:
+    places = layouts(tmp_path / "data")
+    for place in places.values():
+        open_source(place)
+    (places["folder"] / "dog" / "4.png").write_bytes(png(4))
+    write_tar(
+        places["tar"] / "s.tar", {"1.png": png(1), "2.png": png(2), "3.png": png(3), "4.png": png(4)}
+    )
+    with places["csv"].open("a") as stream:
+        stream.write("folder/dog/4.png,dog\n")
+    with places["txt"].open("a") as stream:
+        stream.write("folder/dog/4.png\n")
+    for place in places.values():
+        assert shown(open_source(place)) == [1, 2, 3, 4]
+    if settled:
+        grow_old(tmp_path / "data")
+    for place in places.values():
+        assert shown(open_source(place)) == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("keep_all")
+def test_what_has_only_just_changed_is_not_kept(tmp_path: Path, cache: Path) -> None:
+    """Another change might leave it the same size within the same tick of the clock."""
+    (tmp_path / "a.png").write_bytes(png(1))
+    open_source(tmp_path)
+    assert not cache.exists()
+
+
+@pytest.mark.usefixtures("keep_all")
+def test_a_broken_index_is_made_anew(tmp_path: Path, cache: Path) -> None:
+    place = layouts(tmp_path / "data")["tar"]
+    open_source(place)
+    for file in cache.rglob("*.*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:20])
+    assert shown(open_source(place)) == [1, 2, 3]
+    assert shown(open_source(place)) == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("keep_all")
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, cache: Path) -> None:
+    place = layouts(tmp_path / "data")["tar"]
+    cache.parent.parent.mkdir()
+    cache.parent.write_text("a file where the folder should be")
+    assert shown(open_source(place)) == [1, 2, 3]
+
+
+def test_a_million_paths_take_less_than_100_bytes_each() -> None:
+    rows = beit.listing._Rows()
+    for number in range(100_000):
+        rows.add(f"n{number % 1000:08d}/n{number:08d}_{number}.JPEG", f"n{number % 1000:08d}")
+    listing = rows.listing(["root"])
+    held = sum(column.nbytes for column in beit.listing._columns(listing).values())
+    assert held / len(listing.places) < 60
+    assert listing.places.name(77_777) == "root/n00000777/n00077777_77777.JPEG"
+    assert listing.classes[listing.labels[77_777]] == "n00000777"
