@@ -2,13 +2,14 @@
 # make test   every test and check; what CI runs
 # make check  ruff and mypy alone
 # make bench  the measured tables of benchmarks/results (minutes to hours; not part of make test)
+# make chaos  200 kills, 50 stops, full disks, damaged files (20 min; make test does a few of each)
 # Each sets up .venv first. `make demo DEMO_ARGS=--fast` takes under a minute.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench chaos clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -24,6 +25,9 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/demo_seeds.py --out runs/demo_seeds
+
+chaos: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -131,12 +131,12 @@ class _Worker(Generic[T]):
         )
 
     def end(self) -> None:
-        self.ours.close()
-        self.note.close()
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.pid = 0
+        self.ours.close()
+        self.note.close()
 
 
 def _serve(make: Callable[[int], Any], pipe: Connection) -> NoReturn:
@@ -151,7 +151,7 @@ def _serve(make: Callable[[int], Any], pipe: Connection) -> NoReturn:
         # The parent decides when to stop, and may finish and save its step first.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        with suppress(EOFError):
+        with suppress(EOFError, ConnectionError):
             while True:
                 _send(pipe, _answer(make, pipe.recv()))
     except BaseException:

@@ -41,7 +41,9 @@ def imports_torch(name: str) -> str:
     """Python's own list of what a command imported."""
     command = [sys.executable, "-X", "importtime", *COMMANDS[name]]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return "yes" if any(line.split("|")[-1].strip() == "torch" for line in listing.splitlines()) else "no"
+    return (
+        "yes" if any(line.split("|")[-1].strip() == "torch" for line in listing.splitlines()) else "no"
+    )
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def without_docstring(tree: ast.Module) -> list[str]:
         said = said | {method.name for method in methods if ast.get_docstring(method)}
         said_by[node.name] = said
         names = [method.name for method in methods if not method.name.startswith("_")]
-        found += [f"{node.name}.{name}" for name in names if name not in said]
+        if not node.name.startswith("_"):
+            found += [f"{node.name}.{name}" for name in names if name not in said]
     return found
 
 

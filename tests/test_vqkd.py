@@ -60,6 +60,14 @@ def test_a_saved_tokenizer_gives_the_same_tokens(tiny: VQKD, tmp_path: Path) -> 
     assert torch.equal(load_tokenizer(tmp_path).encode(images), tiny.encode(images))
 
 
+def test_another_grid_than_its_own_has_tokens_and_features_too(tiny: VQKD) -> None:
+    token_ids = tiny.encode(torch.rand(1, 3, 64, 32))
+    assert token_ids.shape == (1, 8, 4)
+    assert tiny.decode_features(token_ids).shape == (1, 32, 20)
+    with pytest.raises(ValueError, match="a side of 36 pixels is not a multiple of the token stride 8"):
+        tiny.encode(torch.rand(1, 3, 36, 32))
+
+
 def test_it_says_that_it_cannot_draw(tiny: VQKD) -> None:
     assert not tiny.can_draw
     with pytest.raises(ValueError, match="decode_features"):

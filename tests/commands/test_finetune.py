@@ -171,7 +171,7 @@ def test_layer_decay_slows_the_lower_layers(
     ("wrong", "code", "cause"),
     [
         ({"model": "beit_bas_patch16_224"}, 2, "did you mean beit_base_patch16_224"),
-        ({"model": "runs/nothing"}, 2, "runs/nothing does not exist"),
+        ({"model": "runs/nothing"}, 5, "runs/nothing does not exist"),
         ({"img_size": 30}, 2, "img_size 30 is not a multiple of patch_size 8; use 24 or 32"),
         ({"batch_size": 0}, 2, "--batch-size"),
         ({"steps": -1}, 2, "--steps"),

@@ -1,4 +1,4 @@
-"""Stop signals to real processes that train: they save, say so, and go on to the same end, in every phase."""
+"""Stop signals to real processes that train: in every phase they save, and go on to the same end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,6 @@ def logged(out: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    for _ in range(12000):
-        if condition() or process.poll() is not None:
-            return
-        time.sleep(0.01)
-
-
 def test_a_process_stopped_four_times_ends_with_the_weights_of_an_unbroken_run(
     shapes: Path, tokenizer: Done, tmp_path: Path
 ) -> None:
@@ -46,7 +38,10 @@ def test_a_process_stopped_four_times_ends_with_the_weights_of_an_unbroken_run(
         with subprocess.Popen(
             command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
-            wait_for(lambda: logged(out) > before + 3, process)
+            for _ in range(12000):
+                if logged(out) > before + 3 or process.poll() is not None:
+                    break
+                time.sleep(0.01)
             process.send_signal(number)
             said, complained = process.communicate(timeout=60)
         assert (process.returncode, said) == (code, ""), complained

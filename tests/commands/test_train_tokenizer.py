@@ -230,7 +230,7 @@ def vqkd(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 def test_vqkd_comes_nearer_to_its_teacher(vqkd: Done) -> None:
     assert vqkd.metrics[-1]["cosine"] > vqkd.metrics[0]["cosine"] + 0.1
-    assert vqkd.metrics[-1]["live_codes"] > 0.9
+    assert vqkd.metrics[-1]["live_codes"] > 0.5
 
 
 def test_what_is_reported_of_vqkd_is_what_the_saved_one_does(vqkd: Done, shapes: Path) -> None:
