@@ -368,3 +368,6 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(
 if __name__ == "__main__":
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     work(Path(sys.argv[1]), *sys.argv[2:])
+    # torch's threads of a group that has ended now and then abort a process that ends in the usual way.
+    sys.stderr.flush()
+    os._exit(0)
