@@ -321,10 +321,10 @@ class Run:
         self._pace = _Pace(batch_size, flops_per_image, peak_flops * distributed.size(), training)
         progress = Progress(name, total, quiet=not distributed.is_main())
 
-        def rescue() -> bool:
+        def rescue(code: int) -> int | None:
             with frame.lock:
                 if frame.leaving:
-                    return False
+                    return None
                 what = f"stopped; step {training.step} of {total} could not be saved"
                 sharded = any(map(distributed.is_sharded, model.parameters()))
                 if not distributed.is_main():
@@ -332,11 +332,14 @@ class Run:
                 elif training.is_finite_here() and not sharded:
                     files = training.tensors()
                     files["model.safetensors"] |= frame.buffers
-                    self._write(training, files, keep_last, keep_every)
-                    what = stopped_at(training.step, total)
+                    try:
+                        self._write(training, files, keep_last, keep_every)
+                        what = stopped_at(training.step, total)
+                    except CannotWrite as error:
+                        what, code = str(error), error.exit_code
                 progress.close()
                 distributed.say(f"beit: {what}")
-            return True
+            return code
 
         ahead = iter(batches(range(training.step, total)))
         try:
@@ -355,7 +358,8 @@ class Run:
                         self._capture(training, bad[0], bad[1], seed)
                     saving = saving or stopping
                     if training.in_a_row >= max_skipped or (saving and not training.is_finite()):
-                        back_to = self._roll_back(training, back_to)
+                        with frame.lock:
+                            back_to = self._roll_back(training, back_to)
                         close(ahead)
                         ahead = iter(batches(range(training.step, total)))
                     elif saving:

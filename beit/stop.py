@@ -23,6 +23,9 @@ END = b"\0"  # no signal has this number
 GRACE_S = 5.0  # for a step to end by itself; half of what is promised
 
 
+Rescue = Callable[[int], "int | None"]  # from an exit code to the one to end with, or None
+
+
 class Stopped(Exception):
     """A loop was asked to stop, and has saved. `exit_code` is 130 (Ctrl-C) or 143."""
 
@@ -64,13 +67,13 @@ class _StopNow(StopRequest):
 
 
 @contextmanager
-def stop_signals(rescue: Callable[[], bool] | None = None) -> Iterator[StopRequest]:
+def stop_signals(rescue: Rescue = lambda code: code) -> Iterator[StopRequest]:
     """Turn stop signals into a request that a loop reads at its next step.
 
     rescue: called from another thread when the loop takes longer than 5 s to read it, in a long step
-    or an evaluation; it saves, and says whether the process shall end here.
+    or an evaluation; it saves, and gives the code to end the process with, or None to let it go on.
     """
-    with _watched(StopRequest(), rescue or (lambda: True)) as request:
+    with _watched(StopRequest(), rescue) as request:
         yield request
 
 
@@ -80,12 +83,12 @@ def stop_at_once() -> Iterator[None]:
 
     Where Python cannot raise, inside a long call of C, the process ends after 5 s.
     """
-    with _watched(_StopNow(), lambda: True):
+    with _watched(_StopNow(), lambda code: code):
         yield
 
 
 @contextmanager
-def _watched(request: StopRequest, rescue: Callable[[], bool]) -> Iterator[StopRequest]:
+def _watched(request: StopRequest, rescue: Rescue) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request  # signals are somebody else's
         return
@@ -108,7 +111,7 @@ def _watched(request: StopRequest, rescue: Callable[[], bool]) -> Iterator[StopR
         os.close(reader)
 
 
-def _watch(reader: int, numbers: list[int], rescue: Callable[[], bool]) -> None:
+def _watch(reader: int, numbers: list[int], rescue: Rescue) -> None:
     """Wait for a signal's number on a pipe, then for END; where that does not come, rescue and exit.
 
     The main thread hears of a signal only between lines of Python; this one always does.
@@ -123,6 +126,7 @@ def _watch(reader: int, numbers: list[int], rescue: Callable[[], bool]) -> None:
     while select.select([reader], [], [], max(0.0, until - time.monotonic()))[0]:
         if os.read(reader, 1) == END:
             return
-    if rescue():
+    code = rescue(exit_code_of(came))
+    if code is not None:
         sys.stderr.flush()
-        os._exit(exit_code_of(came))
+        os._exit(code)
