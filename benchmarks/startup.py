@@ -20,7 +20,7 @@ COMMANDS = {
     "python -c 'import beit'": ["-c", "import beit"],
     "python -c 'import torch'": ["-c", "import torch"],
 }
-REPEATS = 15
+REPEATS = 9
 
 
 def main() -> None:
