@@ -258,6 +258,7 @@ def chaos(arguments: argparse.Namespace) -> int:
             out = Path(place) / action.__name__
             while run.counts[COUNTED[action.__name__]] < times and len(run.failures) < 5:
                 action(out)
+                print(f"\r{dict(run.counts)} {run.failures}", end="", file=sys.stderr, flush=True)
             if out.exists() and not run.failures:
                 run.end(out)
         result = {
