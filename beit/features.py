@@ -20,6 +20,7 @@ from beit.model import Beit
 from beit.precision import Precision, autocast
 
 Pooling = Literal["mean", "cls", "both"]
+Embedding = Literal["mean", "cls", "tokens"]
 
 IN_MEMORY_BYTES = 2 << 30  # of features; what is more lies in a temporary file
 
@@ -38,6 +39,28 @@ def pool_tokens(tokens: Tensor, pooling: Pooling) -> Tensor:
     if pooling == "both":
         return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
     raise ValueError(f"pooling {pooling!r} is not one of {', '.join(get_args(Pooling))}")
+
+
+def embed(model: Beit, images: Tensor, pooling: Embedding = "mean", layer: int | None = None) -> Tensor:
+    """What a model makes of normalised images (B, 3, H, W), as one tensor of its own dtype.
+
+    pooling: "mean" of the patches or "cls", the class token: (B, D); "tokens", all: (B, 1 + L, D).
+    layer: the states after that block, without a norm; 0 is the input, negative ones count from the end.
+        None is the end: the last block and the model's last norm, so that a classifier's own pooling
+        gives what its head gets.
+    """
+    if pooling not in get_args(Embedding):
+        raise ValueError(f"pooling {pooling!r} is not one of {', '.join(get_args(Embedding))}")
+    (states,) = model.layers(images, [model.config.depth if layer is None else layer])
+    if layer is None:
+        states = model.norm(states)  # nothing in a classifier from the mean, whose norm comes after it
+    if pooling == "tokens":
+        return states
+    if pooling == "cls":
+        return states[:, 0]
+    mean = states[:, 1:].mean(dim=1)
+    after = getattr(model, "fc_norm", None) if layer is None else None
+    return mean if after is None else after(mean)
 
 
 def pooled(features: Tensor, pooling: Pooling) -> Tensor:

@@ -227,6 +227,9 @@ class _Header(io.BytesIO):
         self.name = name
         self.budget: float = MAX_HEADER_BYTES
 
+    def __repr__(self) -> str:  # in Pillow's errors, which are to be the same each time
+        return repr(os.path.basename(self.name))
+
     def read(self, size: int | None = -1, /) -> bytes:
         data = super().read(size)
         if size is not None and size >= 0:  # formats that are read whole say so with -1

@@ -17,8 +17,8 @@ import sys
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from multiprocessing import Pipe
@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, Generic, NoReturn, TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 NOTE_BYTES = 4096  # of the name of what a worker is doing
@@ -45,17 +46,25 @@ def load_ahead(make: Callable[[int], T], steps: range, workers: int) -> Iterator
         yield from map(make, steps)
         return
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[T]] = deque()
-        try:
-            for step in steps:
-                waiting.append(pool.submit(make, step))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+        yield from make_ahead(pool, make, steps, 2 * workers)
+
+
+def make_ahead(pool: Executor, make: Callable[[S], T], steps: Iterable[S], ahead: int) -> Iterator[T]:
+    """As `load_ahead`, in a pool that several callers share: at most `ahead` steps before their use.
+
+    `steps` may be endless; it is read by the caller's thread.
+    """
+    waiting: deque[Future[T]] = deque()
+    try:
+        for step in steps:
+            waiting.append(pool.submit(make, step))
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def load_in_processes(make: Callable[[int], T], steps: range, workers: int) -> Iterator[T]:

@@ -817,7 +817,7 @@ def test_every_door_shows_a_network_the_same_pixels(tmp_path: Path) -> None:
     assert len(source) == len(paths)
     shown: list[torch.Tensor] = []
     model.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
-    engine = Engine(model, device="cpu")
+    engine = Engine(model, device="cpu", runtime="torch", precision="fp32")
     answers = list(engine.classify([str(path) for path in paths]))
     assert [answer.error for answer in answers] == [None] * len(paths)
     seen = torch.cat(shown).numpy()

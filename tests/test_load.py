@@ -1193,14 +1193,19 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_engine_answers_from_every_source(source: str, tmp_path: Path) -> None:
     SOURCES[source](tmp_path)
-    engine = beit.Engine(tmp_path / "m", device="cpu")
+    engine = beit.Engine(tmp_path / "m", device="cpu", runtime="torch", precision="fp32")
     picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     (answer,) = engine.classify([picture])
     assert answer.error is None
     assert len(answer.top) == 5
     assert engine.model.cls_token.dtype == torch.float32
     if source == "float16":
-        full = beit.Engine(load(GOLDEN / "unilm-v1-finetune-relbias.pth"), device="cpu")
+        full = beit.Engine(
+            load(GOLDEN / "unilm-v1-finetune-relbias.pth"),
+            device="cpu",
+            runtime="torch",
+            precision="fp32",
+        )
         (same,) = full.classify([picture])
         assert answer.score == pytest.approx(same.score, abs=1e-2)
 

@@ -34,7 +34,7 @@ class Classify:
     json: bool = False
     """Print one JSON object a picture."""
     batch_size: PositiveInt = 16
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
     device: str = "auto"
 
 
@@ -51,7 +51,12 @@ def classify(settings: Classify) -> None:
     if settings.out is not None and not settings.out.parent.is_dir():
         raise CannotWrite(f"cannot write {settings.out}: {settings.out.parent} is not a folder")
     pictures = list(find_pictures(settings.images))
-    engine = Engine(settings.model, settings.device, settings.precision, settings.batch_size)
+    engine = Engine(
+        settings.model,
+        precision=settings.precision,
+        device=settings.device,
+        batch_size=settings.batch_size,
+    )
     predictions = engine.classify(pictures, settings.top)
     if settings.out is not None:
         with settings.out.open("w", newline="") as stream:
@@ -97,7 +102,9 @@ def write_jsonl(predictions: Iterable[Prediction], stream: TextIO) -> int:
     failed = 0
     for prediction in predictions:
         failed += prediction.error is not None
-        print(json.dumps(prediction.to_dict(), ensure_ascii=False), file=stream, flush=True)
+        answer = prediction.to_dict()
+        del answer["ms"]  # the same pictures give the same lines
+        print(json.dumps(answer, ensure_ascii=False), file=stream, flush=True)
     return failed
 
 

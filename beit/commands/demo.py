@@ -100,12 +100,14 @@ def demo(settings: Demo = Demo()) -> dict[str, Any]:
             number += 1
             tell(number, f"fine-tune with {row['labels']} labels, {name}", tuning)
             finetune(tuning)
-            row[name] = top_k_accuracy(Engine(tuning.out).logits_of(test), np.array(test.labels))
+            row[name] = top_k_accuracy(
+                Engine(tuning.out, "torch", "fp32").logits_of(test), np.array(test.labels)
+            )
         row["raw_pixels"] = raw_pixel_accuracy(open_source(train, labelled=True), test)
         table.append(row)
 
     best = out / "pretrained-all"
-    predictions = list(Engine(best).classify(test.paths, top=3))
+    predictions = list(Engine(best, "torch", "fp32").classify(test.paths, top=3))
     result = {
         "live_codes": tokens["live_codes"],
         "psnr_db": tokens["psnr_db"],

@@ -69,7 +69,13 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     """Score a classifier on labelled pictures."""
     if settings.out is not None and not settings.out.parent.is_dir():
         raise CannotWrite(f"cannot write {settings.out}: {settings.out.parent} is not a folder")
-    engine = Engine(settings.model, settings.device, settings.precision, settings.batch_size)
+    engine = Engine(
+        settings.model,
+        "torch",
+        settings.precision,
+        device=settings.device,
+        batch_size=settings.batch_size,
+    )
     if settings.preset is not None:
         engine.model.image_spec = preset_spec(engine.model, settings.preset)
     source = open_source(settings.data, settings.split, labelled=True)

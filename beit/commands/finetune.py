@@ -193,7 +193,7 @@ def finetune(settings: Finetune) -> dict[str, float]:
     model.eval()
     result: dict[str, float] = {"steps": total}
     if validation is not None:
-        logits = Engine(model, device=str(device), batch_size=64).logits_of(validation)
+        logits = Engine(model, "torch", "fp32", device=str(device), batch_size=64).logits_of(validation)
         result["val_accuracy"] = top_k_accuracy(logits, np.array(validation.labels))
         print(
             f"{run.out}: {result['val_accuracy']:.1%} of {len(validation)} validation pictures right",

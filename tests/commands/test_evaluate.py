@@ -141,7 +141,7 @@ def test_each_preset_equals_a_loop_of_ten_lines(
     assert result["nll"] == pytest.approx(-np.log(p[np.arange(24), labels]).mean(), abs=1e-5)
     for number, name in enumerate(["disc", "square", "triangle"]):
         assert result["per_class"][name] == right[labels == number].mean()
-    engine = Engine(finetuned.folder)
+    engine = Engine(finetuned.folder, "torch", "fp32")
     engine.model.image_spec = preset_spec(engine.model, preset)
     np.testing.assert_allclose(engine.logits_of(open_source(oblong)), logits, atol=1e-5)
 
@@ -178,7 +178,7 @@ def test_a_set_with_some_of_the_classes_is_scored_by_name(
     top1, _ = counted(cli, finetuned, tmp_path)
     assert result["top1_among_all"] == pytest.approx(top1)
     assert top1 > 0.5
-    logits = Engine(finetuned.folder).logits_of(open_source(tmp_path))
+    logits = Engine(finetuned.folder, "torch", "fp32").logits_of(open_source(tmp_path))
     labels = np.array([0] * 5 + [1] * 5)
     assert result["top1"] == (logits[:, 1:].argmax(axis=1) == labels).mean()
     assert (result["classes"], result["model_classes"]) == (2, 3)
@@ -243,7 +243,7 @@ def test_imagenet_folders_are_matched_by_synset_number_or_synonym(
 ) -> None:
     folder = imagenet_folder(tmp_path, names)
     result = evaluate(Evaluate(folder, model=str(imagenet), json=True))
-    logits = Engine(imagenet).logits_of(open_source(folder))
+    logits = Engine(imagenet, "torch", "fp32").logits_of(open_source(folder))
     truth = np.repeat([CHOSEN[names.index(n)] for n in open_source(folder).classes], 3)
     assert result["matched_by"] == matched_by
     assert result["top1_among_all"] == (logits.argmax(axis=1) == truth).mean()
@@ -273,7 +273,7 @@ def test_the_real_labels_accept_several_classes_by_the_number_of_the_picture(
     imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = imagenet_folder(tmp_path / "val", ["n01440764", "n02102040", "n03425413"])
-    answers = Engine(imagenet).logits_of(open_source(folder)).argmax(axis=1).tolist()
+    answers = Engine(imagenet, "torch", "fp32").logits_of(open_source(folder)).argmax(axis=1).tolist()
     lists: list[list[int]] = [[] for _ in range(30)]
     lists[0] = [7, answers[0]]  # the first picture of the first class
     lists[1] = [answers[1] ^ 1]
@@ -388,4 +388,4 @@ def test_what_cannot_be_scored_is_named(
 def test_scores_do_not_depend_on_who_asks(finetuned: Done, shapes: Path) -> None:
     result = evaluate(Evaluate(shapes, model=str(finetuned.folder), json=True))
     assert result["top1"] == finetuned.result["val_accuracy"]
-    assert Engine(finetuned.folder).labels == ["disc", "square", "triangle"]
+    assert Engine(finetuned.folder, "torch", "fp32").labels == ["disc", "square", "triangle"]
