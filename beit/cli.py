@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
@@ -107,6 +108,24 @@ for _name, (_help, _example) in COMMANDS.items():
 
 def main() -> None:
     """Run one command and exit with its code. BEIT_DEBUG=1 shows where an error came from."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return run()
+    code = 1
+    try:
+        run()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    # One of torchrun's: its threads that talk to the others may abort an interpreter that ends.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run() -> None:
+    """The command that sys.argv names; its errors become messages and exit codes."""
     words = sys.argv[1:]
     if "--offline" in words:  # of every command, so a setting of none
         words.remove("--offline")

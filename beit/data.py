@@ -344,9 +344,33 @@ class Loader:
     ) -> None:
         if batch_size % world:
             raise ValueError(f"batch_size {batch_size} does not divide among {world} processes")
+        if world > 1 and len(source) < batch_size:
+            below = len(source) // world * world
+            raise ValueError(
+                f"{len(source)} pictures are fewer than a batch of {batch_size} over {world} processes; "
+                + (f"use --batch-size {below} or less" if below else "use one process")
+            )
         self.source, self.batch_size, self.seed, self.workers = source, batch_size, seed, workers
         self.bad_images, self.rank, self.world = bad_images, rank, world
         self._unreadable: set[int] = set()
+
+    @classmethod
+    def of_run(
+        cls,
+        source: ImageSource,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        out: Path,
+        budget: float,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Loader:
+        """A rank's share of a run's batches. Pictures that it cannot read go to bad_images.csv in `out`,
+        or bad_images-RANK.csv but in rank 0; `budget` is a share of its share."""
+        file = out / (f"bad_images-{rank}.csv" if rank else "bad_images.csv")
+        bad_images = BadImages(file, max(1, len(source) // world), budget)
+        return cls(source, batch_size, seed, workers, bad_images, rank, world)
 
     @property
     def steps_per_epoch(self) -> int:

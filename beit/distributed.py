@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from beit.precision import pick_device
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
@@ -190,7 +191,7 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
-def unsharded(model: nn.Module, plain: nn.Module) -> nn.Module:
+def unsharded(model: M, plain: M) -> M:
     """A model on one device with the weights of a sharded one; `model` itself if it is not sharded.
 
     plain: built from the same config; takes the weights in the main process. All must call this.

@@ -83,6 +83,51 @@ def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> Calib
     return Calibration(counts, *(total / np.maximum(counts, 1) for total in sums))
 
 
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The number that logits are divided by so that their probabilities fit best (Guo et al., 2017).
+
+    labels: int64 (n,), or bool (n, C) where each class is a question of its own. From 0.1 to 10; above 1
+    the classifier was too sure. The likelihood has one peak over it, found by golden sections.
+    """
+
+    def loss(log_temperature: float) -> float:
+        scaled = logits / math.exp(log_temperature)
+        if labels.ndim == 2:
+            return binary_cross_entropy(scaled, labels)
+        return negative_log_likelihood(scaled, labels)
+
+    low, high = math.log(0.1), math.log(10.0)
+    golden = (math.sqrt(5) - 1) / 2
+    while high - low > 1e-4:
+        one, other = high - golden * (high - low), low + golden * (high - low)
+        if loss(one) < loss(other):
+            high = other
+        else:
+            low = one
+    return math.exp((low + high) / 2)
+
+
+def binary_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Mean over pictures and classes of -log p of what is true, in nats; targets bool (n, C)."""
+    signed = np.where(targets, -logits, logits).astype(np.float64)
+    return float(np.logaddexp(0, signed).mean())
+
+
+def average_precision(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(C,) area under each class's steps of precision over recall; nan for a class without a picture.
+
+    scores: (n, C), targets bool (n, C). Pictures of equal score count as one step.
+    """
+    found = np.full(scores.shape[1], np.nan)
+    for c in np.flatnonzero(targets.any(axis=0)):
+        order = np.argsort(-scores[:, c], kind="stable")
+        hits = np.cumsum(targets[order, c])
+        last = np.append(np.diff(scores[order, c]) != 0, True)  # of equal scores
+        hits, shown = hits[last], np.flatnonzero(last) + 1
+        found[c] = float((np.diff(hits, prepend=0) * hits / shown).sum() / hits[-1])
+    return found
+
+
 def real_accuracy(predicted: np.ndarray, accepted: Sequence[Sequence[int]]) -> float:
     """Share of answers (n,) that are among those accepted for the picture; ones with none are left out.
 
@@ -91,6 +136,17 @@ def real_accuracy(predicted: np.ndarray, accepted: Sequence[Sequence[int]]) -> f
     pairs = zip(predicted.tolist(), accepted, strict=True)
     right = [answer in answers for answer, answers in pairs if len(answers)]
     return sum(right) / max(len(right), 1)
+
+
+def effective_rank(features: np.ndarray) -> float:
+    """How many directions (n, D) features use: exp of the entropy of their singular values' shares.
+
+    1 where all lie on a line, D where no direction has more than another (Roy and Vetterli, 2007). The
+    mean is taken off first. 1.0 as well where all are the same.
+    """
+    values = np.linalg.svd(features - features.mean(axis=0, dtype=np.float64), compute_uv=False)
+    shares = values[values > 0] / max(values.sum(), np.finfo(np.float64).tiny)
+    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 class CodebookUse(NamedTuple):

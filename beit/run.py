@@ -54,7 +54,7 @@ T = TypeVar("T")
 FREE_SETTINGS = {
     "out", "overwrite", "workers", "device", "log_every", "save_every", "quiet", "keep_last",
     "keep_every", "device_batch_size", "shard", "gradient_checkpointing", "compile", "tensorboard",
-    "peak_tflops", "max_skipped",
+    "peak_tflops", "max_skipped", "probe_data", "probe_layers", "look_epochs",
 }  # fmt: skip
 
 
@@ -425,11 +425,15 @@ class _Frame:
         self.lock = threading.Lock()  # held while weights change or are saved
         self.leaving = False
         self.captured = False
-        self.buffers: dict[str, Tensor] = {}  # of the last finished step; a forward pass may change them
+        # What the optimiser does not move, as it was after the last finished step: a forward pass may
+        # change buffers, and codebooks are parameters without a gradient.
+        self.buffers: dict[str, Tensor] = {}
+        self.versions: dict[str, int] = {}
         self.skipped = torch.zeros((), device=device)
         self.waiting: deque[tuple[Any, Tensor, torch.cuda.Event | None]] = deque()
-        parameters = {name for name, _ in training.model.named_parameters()}
-        self.buffer_names = training.model.state_dict().keys() - parameters
+        parameters = dict(training.model.named_parameters())
+        self.frozen = {name for name, p in parameters.items() if not p.requires_grad}
+        self.buffer_names = training.model.state_dict().keys() - (parameters.keys() - self.frozen)
 
     def __enter__(self) -> _Frame:
         assert self.training.optimizer is not None
@@ -457,8 +461,13 @@ class _Frame:
 
     def _keep_buffers(self) -> None:
         if self.buffer_names:
-            buffers = dict(self.training.model.named_buffers())
-            self.buffers = {name: buffers[name].clone() for name in self.buffer_names}
+            state = self.training.model.state_dict()
+            for name in self.buffer_names:
+                if name in self.frozen:  # a frozen encoder is copied once, a codebook whenever it moves
+                    if self.versions.get(name) == state[name]._version:
+                        continue
+                    self.versions[name] = state[name]._version
+                self.buffers[name] = state[name].clone()
 
     def agree(self, stop: bool, what: T, wait: bool) -> tuple[bool, T | None]:
         """Whether any process wants to stop; and the first step that was left out, once.

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 GREY = 127  # what a masked patch looks like
+GREEN, RED = (5, 150, 105), (220, 38, 38)
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
 
 
@@ -28,6 +29,15 @@ def to_bytes(images: Tensor) -> np.ndarray:
 def hide_patches(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The image with its masked patches greyed out."""
     return np.where(spread(mask, image.shape[:2])[..., None], np.uint8(GREY), image)
+
+
+def mark_patches(image: np.ndarray, mask: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The image, pale, with its masked patches green where `right` (h, w) is True, else red."""
+    pale = 255 - (255 - image.astype(np.float32)) / 2
+    size = image.shape[:2]
+    for where, colour in ((mask & right, GREEN), (mask & ~right, RED)):
+        pale = np.where(spread(where, size)[..., None], 0.4 * pale + 0.6 * np.array(colour), pale)
+    return pale.astype(np.uint8)
 
 
 def spread(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

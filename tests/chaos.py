@@ -230,7 +230,7 @@ def obey_modes() -> None:
 
 def phase_of(out: Path) -> str:
     """Where a run is, by what it has written."""
-    if (out / "config.json").exists() or (out / "predictions.png").exists():
+    if (out / "config.json").exists():
         return "report"
     checkpoints = out / "checkpoints"
     if any(checkpoints.glob(".writing-*")):

@@ -19,10 +19,11 @@ FLOORS = {
     6: {"beit"},  # the public names, imported from everywhere and by nobody
     5: {"cli", "__main__"},
     4: {"commands"},  # and every file in it
-    3: {"engine", "probe", "report"},
+    3: {"engine", "probe", "report", "split", "labelled", "frozen", "validation",
+        "watch"},
     2: {"features", "export", "checkpoints", "data", "run", "visualize"},
     1: {"vqkd", "augment", "unpickle", "hub", "layouts", "configs", "handover", "distributed",
-        "listing", "snapshots", "flops"},
+        "listing", "snapshots", "flops", "duplicates"},
     0: {"model", "relative_position", "tokenizer", "masking", "image", "metrics", "optim", "precision",
         "atomic", "recipes", "workers", "stop"},
 }  # fmt: skip
@@ -34,6 +35,13 @@ SIDEWAYS = {
     ("handover", "layouts"): "the names say why a tensor is left behind",
     ("configs", "layouts"): "files and tensors give the same ratio for the same sizes",
     ("model", "image"): "a model carries the ImageSpec that its weights expect",
+    ("labelled", "split"): "validation pictures may have to be taken out of the others",
+    ("frozen", "probe"): "the head is a linear probe",
+    ("validation", "engine"): "what is watched is what is reported: the engine's answers",
+    ("validation", "split"): "each process scores some of the pictures",
+    ("watch", "probe"): "a look at a run is a probe of it",
+    ("watch", "report"): "what was seen is told on a page",
+    ("export", "features"): "an exported graph pools as features are pooled",
     ("__main__", "cli"): "`python -m beit` is `beit`",
     ("commands.demo", "commands.finetune"): "the demo's work is to run the other commands",
     ("commands.demo", "commands.pretrain"): "the demo's work is to run the other commands",

@@ -12,6 +12,7 @@ from beit.metrics import (
     calibration,
     codebook_use,
     confusion_matrix,
+    effective_rank,
     most_confused,
     negative_log_likelihood,
     psnr,
@@ -165,3 +166,14 @@ def test_psnr_is_twenty_decibels_a_decimal_place_of_error() -> None:
     assert psnr(0.1**2) == pytest.approx(20.0)
     assert psnr(0.01**2) == pytest.approx(40.0)
     assert psnr(0.0) == pytest.approx(120.0)  # perfect is finite
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_effective_rank_counts_the_directions_in_use(scale: float) -> None:
+    even = np.concatenate([np.eye(8), -np.eye(8)]) * scale  # mean 0, all directions alike
+    assert effective_rank(even + 5.0) == pytest.approx(8.0, rel=1e-6)
+    line = np.outer(np.linspace(-1, 1, 16), np.arange(1.0, 9.0))
+    assert effective_rank(line) == pytest.approx(1.0, rel=1e-6)
+    assert effective_rank(np.ones((4, 8))) == 1.0
+    two = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # shares 3/4 and 1/4
+    assert effective_rank(two) == pytest.approx(math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4)))

@@ -13,7 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from beit.visualize import GREY, hide_patches, img_tag, line_chart, png_bytes, spread, strip, to_bytes
+from beit.visualize import (
+    GREEN,
+    GREY,
+    RED,
+    hide_patches,
+    img_tag,
+    line_chart,
+    mark_patches,
+    png_bytes,
+    spread,
+    strip,
+    to_bytes,
+)
 
 
 def picture(height: int = 12, width: int = 16, seed: int = 0) -> np.ndarray:
@@ -160,3 +172,13 @@ def test_several_curves_have_colours_and_names_of_their_own() -> None:
     words = [element.text for element in svg.iter("text")]
     assert "train <a>" in words
     assert "val & b" in words
+
+
+def test_masked_patches_are_green_where_right_and_red_where_wrong() -> None:
+    image = np.full((8, 8, 3), 255, np.uint8)
+    mask, right = np.array([[1, 1], [0, 0]], bool), np.array([[1, 0], [1, 0]], bool)
+    marked = mark_patches(image, mask, right)
+    for patch, colour in ((marked[:4, :4], GREEN), (marked[:4, 4:], RED)):
+        wanted = [int(0.4 * 255 + 0.6 * level) for level in colour]
+        assert np.abs(patch.astype(int) - wanted).max() <= 1
+    assert (marked[4:] == 255).all()

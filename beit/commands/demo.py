@@ -92,16 +92,17 @@ def demo(settings: Demo = Demo()) -> dict[str, Any]:
         train = data / "train" if not labels else data / f"train-{labels}.csv"
         row: dict[str, Any] = {"labels": labels or len(open_source(train))}
         for name, start in (("pretrained", str(pretraining.out)), ("scratch", MODEL)):
+            tuned = out / f"{name}-{labels or 'all'}"
             tuning = Finetune(
-                train, model=start, out=out / f"{name}-{labels or 'all'}", crop_ratio=1.0,
+                train, model=start, out=tuned, crop_ratio=1.0,
                 steps=30 if tiny else 800, batch_size=50, lr=3e-3, layer_decay=1.0, drop_path=0.0,
-                crop_scale=(0.8, 1.0), **plain,
+                crop_scale=(0.8, 1.0), method="full", val_share=0.0, **plain,
             )  # fmt: skip
             number += 1
             tell(number, f"fine-tune with {row['labels']} labels, {name}", tuning)
             finetune(tuning)
             row[name] = top_k_accuracy(
-                Engine(tuning.out, "torch", "fp32").logits_of(test), np.array(test.labels)
+                Engine(tuned, "torch", "fp32").logits_of(test), np.array(test.labels)
             )
         row["raw_pixels"] = raw_pixel_accuracy(open_source(train, labelled=True), test)
         table.append(row)
@@ -241,9 +242,11 @@ def write_page(
     page.section(
         "2. Masked image modelling",
         "From left to right: the picture; what the encoder sees; its tokens, drawn; the same with the "
-        f"hidden tokens as the encoder guesses them ({result['token_accuracy']:.0%} of them exactly).",
+        f"hidden tokens as the encoder guesses them ({result['token_accuracy']:.0%} of them exactly); "
+        "which of them, in green.",
     )
-    page.figure(picture(out / "pretrained" / "predictions.png", "masked predictions"), "")
+    *_, last = sorted((out / "pretrained" / "pictures").glob("step-*.png"))
+    page.figure(picture(last, "masked predictions"), "")
     steps = {name: read_metrics(out / name / "metrics.jsonl") for name in ("tokenizer", "pretrained")}
     page.charts(
         [

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,22 +16,27 @@ import torch
 import torch.nn.functional as F
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
+from beit import distributed
 from beit.augment import Filter, TwoViews, normalise, to_unit
 from beit.checkpoints import load_model, load_tokenizer, save
-from beit.data import BadImages, Loader, open_source
+from beit.data import ImageSource, Loader, open_source, sample_rng
+from beit.features import default_layer
+from beit.flops import peak_flops, training_flops
 from beit.handover import hand_over
 from beit.hub import is_remote
-from beit.image import HALF, IMAGENET_MEAN, IMAGENET_STD, OpenImage, unilm_spec
+from beit.image import HALF, IMAGENET_MEAN, IMAGENET_STD, BadImage, OpenImage, unilm_spec
 from beit.masking import sample_mask
 from beit.metrics import codebook_use
 from beit.model import BeitForMaskedImageModeling, variant
-from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate
-from beit.precision import Precision, autocast, pick_device
+from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
+from beit.precision import Precision, autocast, resolve_precision
 from beit.run import Run
-from beit.tokenizer import Tokenizer
-from beit.visualize import hide_patches, png_bytes, strip, to_bytes
+from beit.tokenizer import DalleTokenizer, Tokenizer
+from beit.visualize import hide_patches, mark_patches, strip, to_bytes
+from beit.watch import Watch
 
 
 @Parameter(name="*")
@@ -87,6 +93,8 @@ class Pretrain:
     """How the tokenizer's view is resized: lanczos in v1, bicubic in v2."""
     statistics: Literal["half", "imagenet"] = "half"
     """Mean and deviation of the encoder's pictures: 0.5 in v1's ImageNet-22k runs, ImageNet's else."""
+    tokenizer_fp16: bool = False
+    """DALL-E's convolutions in float16, as the published runs had them; a token in a thousand differs."""
     seed: int = 0
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
@@ -94,6 +102,8 @@ class Pretrain:
     """Less memory, more time."""
     compile: bool = False
     """Compile each block with torch.compile."""
+    shard: bool = False
+    """Spread weights and moments over the processes (FSDP2), for models that do not fit one GPU."""
     device: str = "auto"
     workers: NonNegativeInt = 2
     """Processes that prepare pictures; 0 leaves it to the run's own."""
@@ -103,6 +113,20 @@ class Pretrain:
     """Steps between lines of metrics.jsonl."""
     save_every: PositiveInt = 500
     """Steps between checkpoints."""
+    keep_last: PositiveInt = 2
+    """The newest checkpoints stay."""
+    keep_every: NonNegativeInt = 0
+    """Those of every so many steps stay as well."""
+    probe_data: Path | None = None
+    """Labelled pictures, with train and val folders, to probe the features with while it runs."""
+    probe_layers: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = ()
+    """Blocks to probe, counted from 1; the paper's, 9 of 12, and the last where none is named."""
+    look_epochs: NonNegativeInt = 0
+    """Epochs between looks: probe, pictures, report.html; 0 looks ten times."""
+    tensorboard: bool = False
+    """Log to OUT/tensorboard too."""
+    peak_tflops: NonNegativeFloat = 0.0
+    """What MFU is a share of; 0: known or measured."""
     overwrite: bool = False
     """Begin again where the folder holds a run."""
 
@@ -114,6 +138,12 @@ class Batch(NamedTuple):
     token_views: list[np.ndarray]  # uint8 (token_size, token_size, 3)
     masks: np.ndarray  # bool (B, h, w)
 
+    @classmethod
+    def of(cls, samples: list[tuple[np.ndarray, ...]]) -> Batch:
+        """The batch of what was prepared of each picture."""
+        patch_views, token_views, masks = zip(*samples, strict=True)
+        return cls(list(patch_views), list(token_views), np.stack(masks))
+
     def parts(self, size: int) -> Iterator[Batch]:
         """The batch in parts of at most `size` pictures; 0 leaves it whole."""
         size = size or len(self.masks)
@@ -123,10 +153,19 @@ class Batch(NamedTuple):
 
 
 def pretrain(settings: Pretrain) -> dict[str, float]:
-    """Pre-train a BEiT on pictures without labels."""
+    """Pre-train a BEiT on pictures without labels; under torchrun, over all its processes."""
+    with distributed.joined(settings.device) as device:
+        return train(settings, device)
+
+
+def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
+    """This process's share of it; returns the last logged numbers."""
     source = open_source(settings.data)
     tokenizer = load_tokenizer(settings.tokenizer)
-    device = pick_device(settings.device)
+    if settings.tokenizer_fp16:
+        if not isinstance(tokenizer, DalleTokenizer):
+            raise ValueError(f"--tokenizer-fp16 is for DALL-E's; {settings.tokenizer} is another kind")
+        tokenizer.use_float16()
     tokenizer.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     model = starting_model(settings, tokenizer.vocab_size).to(device).train()
@@ -147,82 +186,108 @@ def pretrain(settings: Pretrain) -> dict[str, float]:
         sample_mask, config.grid, num_masked, min_block=min_block, exact=settings.exact_masks
     )
     mask_of(np.random.default_rng(0))  # refuses what cannot be
+    distributed.accumulation(settings.batch_size, settings.device_batch_size)  # so does this
+    layers, labelled = probed(settings, config.depth)
 
     run = Run(settings.out, settings, settings.overwrite)
-    optimizer = adamw(param_groups(model, settings.weight_decay), settings.lr, settings.betas)
-    loader = Loader(
+    loader = Loader.of_run(
         source,
         settings.batch_size,
         settings.seed,
         settings.workers,
-        BadImages(run.out / "bad_images.csv", len(source), settings.max_bad_images),
+        run.out,
+        settings.max_bad_images,
+        distributed.rank(),
+        distributed.size(),
     )
     steps_per_epoch = loader.steps_per_epoch
     total = settings.steps or settings.epochs * steps_per_epoch
     warmup = min(settings.warmup_steps or round(settings.warmup_epochs * steps_per_epoch), total // 2)
+    batch_size = min(settings.batch_size, len(source))
+    peak, peak_from = peak_flops(device, settings.precision, settings.peak_tflops)
+    distributed.say(
+        f"{run.out}: {len(source):,} pictures, {total:,} steps of {batch_size}, "
+        f"{total * batch_size / len(source):.1f} epochs; {num_masked} of {height} x {width} patches "
+        f"hidden, {tokenizer.vocab_size} tokens; {distributed.size()} x {device.type} in "
+        f"{resolve_precision(settings.precision, device)}, peak {peak / 1e12:.3g} TFLOP/s ({peak_from}); "
+        f"all settings in {run.out / 'run.toml'}"
+    )
     if settings.compile:
         for block in model.blocks:
             block.compile()
+    network = distributed.wrap(MaskedLogits(model), settings.shard)
+    optimizer = adamw(param_groups(model, settings.weight_decay), settings.lr, settings.betas)
 
     def prepare(picture: OpenImage, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         return *views(picture, rng), mask_of(rng)
 
     def batches(steps: range) -> Iterator[Batch]:
         for samples in loader.batches(steps, prepare):
-            patch_views, token_views, masks = zip(*(value for _, value in samples), strict=True)
-            yield Batch(list(patch_views), list(token_views), np.stack(masks))
+            yield Batch.of([value for _, value in samples])
 
-    started, seen, last = time.monotonic(), 0, {}
-    for step, views_and_masks in run.steps(
+    shown = some_samples(source, prepare, settings.seed)
+    watch = Watch(
+        run.out,
+        source,
+        layers,
+        settings.precision,
+        lambda looked_at: draw_predictions(looked_at, tokenizer, shown) if shown else None,
+        *labelled,
+    )
+    every = settings.look_epochs * steps_per_epoch or max(1, total // 10)
+    for step, batch in run.steps(
         model,
         optimizer,
         total,
         batches,
         settings.save_every,
         settings.seed,
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
+        batch_size=batch_size,
+        flops_per_image=training_flops(config, num_masked),
+        peak_flops=peak,
+        tensorboard=settings.tensorboard,
     ):
+        if step % every == 0:
+            look(watch, run, model, step, tokenizer.vocab_size)
         lr = cosine_schedule(step, total, warmup, settings.lr, settings.min_lr)
         set_learning_rate(optimizer, lr)
-        optimizer.zero_grad()
-        count = float(views_and_masks.masks.sum())  # of masked patches: the loss is their mean
+        count = distributed.mean(torch.tensor(float(batch.masks.sum()), device=device))
         loss, right = torch.zeros(2, device=device)
         used = torch.zeros(tokenizer.vocab_size, dtype=torch.int64, device=device)
-        for part in views_and_masks.parts(settings.device_batch_size):
+        parts = list(batch.parts(settings.device_batch_size))
+        for number, part in enumerate(parts, 1):
             images = normalise(to_unit(part.patch_views, device), spec)
             masks = torch.from_numpy(part.masks).to(device)  # (B, h, w)
             token_ids = tokenizer.encode(to_unit(part.token_views, device))  # (B, h, w)
             targets = token_ids[masks]  # (M,), in the order of the logits
-            with autocast(settings.precision, device):
-                logits = masked_logits(model, images, masks)
-            part_loss = torch.stack([masked_loss(each, targets) for each in logits]).sum() / count
-            part_loss.backward()
+            with distributed.gradients_sent(network, last=number == len(parts)):
+                with autocast(settings.precision, device):
+                    logits = network(images, masks)
+                # Of all processes' masked patches the mean: DDP averages what each sums.
+                part_loss = torch.stack([masked_loss(each, targets) for each in logits]).sum() / count
+                part_loss.backward()
             loss += part_loss.detach()
             right += (logits[0].argmax(dim=-1) == targets).sum()
             used += torch.bincount(token_ids.flatten(), minlength=len(used))
-        norm = torch.nn.utils.clip_grad_norm_(
-            model.parameters(), settings.clip_grad_norm or float("inf")
-        )
-        optimizer.step()
+        loss = distributed.mean(loss)
+        state = update(optimizer, loss, settings.clip_grad_norm)
 
-        seen += len(views_and_masks.masks)
         if (step + 1) % settings.log_every == 0 or step + 1 == total:
-            last = {
-                "loss": loss.item(),
-                "token_accuracy": right.item() / count,
-                "masked_ratio": count / views_and_masks.masks.size,
-                "target_perplexity": codebook_use(used.cpu().numpy()).perplexity,
-                "lr": lr,
-                "grad_norm": norm.item(),
-            }
-            run.log(step + 1, **last, images_per_second=seen / (time.monotonic() - started))
-            started, seen = time.monotonic(), 0
+            run.log(
+                step + 1,
+                loss=loss.item(),
+                token_accuracy=(distributed.mean(right) / count).item(),
+                masked_ratio=count.item() / batch.masks.size,
+                target_perplexity=codebook_use(distributed.total(used).cpu().numpy()).perplexity,
+                lr=lr,
+                grad_norm=state.norm.item(),
+            )
 
+    look(watch, run, model, total, tokenizer.vocab_size)
     if loader.bad_images.found:
         print(f"{run.out}: {loader.bad_images}", file=sys.stderr)
-    model.eval()
-    if tokenizer.can_draw:
-        sheet = strip(draw_predictions(model, tokenizer, next(batches(range(total - 1, total))), device))
-        (run.out / "predictions.png").write_bytes(png_bytes(sheet))
     provenance: dict[str, Any] = {
         "made_by": "beit pretrain",
         "pictures": len(source),
@@ -230,14 +295,15 @@ def pretrain(settings: Pretrain) -> dict[str, float]:
         "batch_size": settings.batch_size,
         "seed": settings.seed,
     }
-    save(model, run.out, provenance)
-    metrics = run.read_metrics()
-    last = {key: value for key, value in metrics[-1].items() if isinstance(value, (int, float))}
-    print(
+    whole = distributed.unsharded(model, BeitForMaskedImageModeling(config)).eval()
+    whole.image_spec = spec
+    distributed.on_main(lambda: save(whole, run.out, provenance))
+    last = {k: v for k, v in run.read_metrics()[-1].items() if isinstance(v, (int, float))}
+    distributed.say(
         f"{run.out}: {total} steps, loss {last['loss']:.3f}, {last['token_accuracy']:.1%} of masked "
         f"tokens guessed, chance {1 / tokenizer.vocab_size:.2%}"
-        + ("; about 5 % is normal for 8192 tokens" if tokenizer.vocab_size == 8192 else ""),
-        file=sys.stderr,
+        + ("; about 5 % is normal for 8192 tokens" if tokenizer.vocab_size == 8192 else "")
+        + f"; see {run.out / 'report.html'}"
     )
     return last
 
@@ -277,13 +343,18 @@ def starting_model(settings: Pretrain, vocab_size: int) -> BeitForMaskedImageMod
     return model
 
 
-def masked_logits(
-    model: BeitForMaskedImageModeling, images: Tensor, masks: Tensor
-) -> tuple[Tensor, ...]:
-    """The (M, V) logits of the masked patches; two sets of them where v2's extra blocks are there."""
-    if model.config.early_layer:
-        return model.forward_aggregated(images, masks)
-    return (model(images, masks),)
+class MaskedLogits(nn.Module):
+    """What pre-training asks of a model, as one forward pass for DDP and FSDP2 to see."""
+
+    def __init__(self, model: BeitForMaskedImageModeling) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
+        """The (M, V) logits of the masked patches; two sets of them where v2's extra blocks are there."""
+        if self.model.config.early_layer:
+            return self.model.forward_aggregated(images, masks)
+        return (self.model(images, masks),)
 
 
 def masked_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -291,24 +362,96 @@ def masked_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
+# --- Is it working? ------------------------------------------------------------------------------
+
+
+def probed(settings: Pretrain, depth: int) -> tuple[tuple[int, ...], list[ImageSource]]:
+    """The layers to look at; the pictures to fit probes to, and those to score them on, or []."""
+    layers = settings.probe_layers or tuple(sorted({default_layer(depth), depth}))
+    if not all(1 <= layer <= depth for layer in layers):
+        raise ValueError(f"--probe-layers {' '.join(map(str, layers))}: a layer is from 1 to {depth}")
+    if settings.probe_data is None:
+        return layers, []
+    known = open_source(settings.probe_data, "train", labelled=True)
+    asked = open_source(settings.probe_data, "val", labelled=True).with_classes(known.classes)
+    if known.paths == asked.paths:
+        raise ValueError(f"--probe-data {settings.probe_data} needs a train and a val folder")
+    return layers, [known, asked]
+
+
+def look(watch: Watch, run: Run, model: BeitForMaskedImageModeling, step: int, vocab_size: int) -> None:
+    """Look at a model, in the main process; all must call this."""
+    looked_at = distributed.unsharded(model, BeitForMaskedImageModeling(model.config))
+    looked_at.image_spec = model.image_spec
+    if distributed.is_main():
+        watch.look(looked_at.to(model.cls_token.device), step)
+        width = model.config.embed_dim
+        rows = expected_ranges(run, watch.looks, vocab_size, width)
+        watch.write_page(f"Pre-training of {run.out.name}", rows, width)
+
+
+def expected_ranges(
+    run: Run, looked: list[dict[str, Any]], vocab_size: int, width: int
+) -> list[tuple[str, str, str]]:
+    """(what, what came, what is usual) rows; empty before the first logged step."""
+    metrics = run.read_metrics()
+    if not metrics:
+        return [("steps", "0", "the untrained network")]
+    last, first, now = metrics[-1], looked[0], looked[-1]
+    blind = math.log(last["target_perplexity"])
+    rank = next(key for key in now if key.startswith("effective_rank"))
+    published = "; about 5 % at the end with DALL-E's 8,192" if vocab_size == 8192 else ""
+    chance = f"above {1 / vocab_size:.2%}{published}"
+    alive = f"not falling towards 1; {first[rank]:.0f} at step {first['step']}"
+    waiting = f"{last.get('data_wait_percent', 0):.0f} %"
+    return [
+        ("steps", f"{last['step']:,}", ""),
+        ("loss", f"{last['loss']:.3f}", f"below {blind:.3f}, which is guessing without looking"),
+        ("hidden tokens guessed", f"{last['token_accuracy']:.1%}", chance),
+        ("tokens in use (perplexity)", f"{last['target_perplexity']:.0f} of {vocab_size}", "steady"),
+        (f"{rank.replace('_', ' ')} of {width}", f"{now[rank]:.0f}", alive),
+        ("waiting for pictures", waiting, "below 5 %; else more --workers"),
+        ("updates left out, not finite", f"{last.get('skipped', 0)}", "0"),
+    ]
+
+
+def some_samples(
+    source: ImageSource,
+    prepare: Callable[[OpenImage, np.random.Generator], tuple[np.ndarray, ...]],
+    seed: int,
+    most: int = 8,
+) -> Batch | None:
+    """The same few pictures for each look, spread over the source; None if none can be read."""
+    found = []
+    for index in np.linspace(0, len(source) - 1, min(most, len(source))).astype(int):
+        with suppress(BadImage):
+            found.append(prepare(source.open(int(index)), sample_rng(seed, 0, int(index))))
+    return Batch.of(found) if found else None
+
+
 @torch.no_grad()
 def draw_predictions(
-    model: BeitForMaskedImageModeling,
-    tokenizer: Tokenizer,
-    batch: Batch,
-    device: torch.device,
-    most: int = 8,
-) -> list[list[np.ndarray]]:
-    """Rows of pictures: the patch view, what is left of it, its tokens drawn, and drawn again with
-    the masked ones as the model guesses them."""
-    count = min(most, len(batch.patch_views))
-    images = normalise(to_unit(batch.patch_views[:count], device), model.image_spec)
-    masks = torch.from_numpy(batch.masks[:count]).to(device)
-    truth = tokenizer.encode(to_unit(batch.token_views[:count], device))
+    model: BeitForMaskedImageModeling, tokenizer: Tokenizer, batch: Batch
+) -> Image.Image:
+    """A sheet, a row a picture: the patch view; what is left of it; its tokens, drawn; the same with the
+    masked ones as the model guesses them; which of these are right. Without the drawings for a tokenizer
+    that cannot draw."""
+    device = model.cls_token.device
+    images = normalise(to_unit(batch.patch_views, device), model.image_spec)
+    masks = torch.from_numpy(batch.masks).to(device)
+    truth = tokenizer.encode(to_unit(batch.token_views, device))
     guessed = truth.clone()
     guessed[masks] = model(images, masks).argmax(dim=-1)
-    drawn = zip(to_bytes(tokenizer.decode(truth)), to_bytes(tokenizer.decode(guessed)), strict=True)
-    return [
-        [batch.patch_views[i], hide_patches(batch.patch_views[i], batch.masks[i]), true, guess]
-        for i, (true, guess) in enumerate(drawn)
-    ]
+    right = (guessed == truth).cpu().numpy()
+    drawn = [to_bytes(tokenizer.decode(ids)) for ids in (truth, guessed)] if tokenizer.can_draw else []
+    return strip(
+        [
+            [
+                view,
+                hide_patches(view, mask),
+                *(pictures[i] for pictures in drawn),
+                mark_patches(view, mask, right[i]),
+            ]
+            for i, (view, mask) in enumerate(zip(batch.patch_views, batch.masks, strict=True))
+        ]
+    )

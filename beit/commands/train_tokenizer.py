@@ -17,15 +17,16 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
+from beit import distributed
 from beit.augment import CropAndFlip, normalise, to_unit
 from beit.checkpoints import load_model, save_tokenizer
-from beit.data import BadImages, ImageSource, Loader, open_source
+from beit.data import ImageSource, Loader, open_source
 from beit.features import default_layer
 from beit.image import BadImage, ImageSpec, resize_and_crop
 from beit.metrics import CodebookUse, codebook_use, psnr
 from beit.model import Beit, BeitForMaskedImageModeling, check_size, variant
 from beit.optim import adamw, cosine_schedule, update
-from beit.precision import Precision, autocast, pick_device
+from beit.precision import Precision, autocast
 from beit.run import Run
 from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig
 from beit.visualize import png_bytes, strip, to_bytes
@@ -88,14 +89,26 @@ class TrainTokenizer:
     """Steps between lines of metrics.jsonl."""
     save_every: PositiveInt = 500
     """Steps between checkpoints."""
+    keep_last: PositiveInt = 2
+    """The newest checkpoints stay."""
+    keep_every: NonNegativeInt = 0
+    """Those of every so many steps stay as well."""
+    tensorboard: bool = False
+    """Log to OUT/tensorboard too."""
     overwrite: bool = False
     """Begin again where the folder holds a run."""
 
 
 def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
-    """Train a visual tokenizer on your own pictures."""
+    """Train a visual tokenizer on your own pictures; under torchrun, over all its processes."""
+    with distributed.joined(settings.device) as device:
+        return train(settings, device)
+
+
+def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
+    """This process's share of it; returns the quality of what came out."""
     source = open_source(settings.data)
-    device = pick_device(settings.device)
+    distributed.accumulation(settings.batch_size, 0)  # refuses what does not divide
     torch.manual_seed(settings.seed)
     tokenizer, teacher = build(settings, device)
     tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a sixth faster
@@ -103,12 +116,15 @@ def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
     trained = [p for p in tokenizer.parameters() if p.requires_grad]
     optimizer = adamw(trained, settings.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     view = CropAndFlip(tokenizer.config.img_size, settings.crop_scale, hflip=settings.hflip)
-    loader = Loader(
+    loader = Loader.of_run(
         source,
         settings.batch_size,
         settings.seed,
         settings.workers,
-        BadImages(run.out / "bad_images.csv", len(source), settings.max_bad_images),
+        run.out,
+        settings.max_bad_images,
+        distributed.rank(),
+        distributed.size(),
     )
     total = settings.steps or settings.epochs * loader.steps_per_epoch
 
@@ -117,7 +133,7 @@ def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
             yield [picture for _, picture in samples]
 
     seen = Seen(settings.vocab_size).to(device)
-    tokenizer.train()
+    network = distributed.wrap(tokenizer.train())
     for step, pictures in run.steps(
         nn.ModuleDict({"tokenizer": tokenizer, "seen": seen}),
         optimizer,
@@ -125,25 +141,28 @@ def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
         batches,
         settings.save_every,
         settings.seed,
-        batch_size=settings.batch_size,
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
+        batch_size=min(settings.batch_size, len(source)),
+        tensorboard=settings.tensorboard,
     ):
         lr = cosine_schedule(step, total, min(100, total // 10), settings.lr, settings.lr / 100)
         for group in optimizer.param_groups:
             group["lr"] = lr
         images = to_unit(pictures, device)
         with autocast(settings.precision, device):
-            output = tokenizer(images) if teacher is None else tokenizer(images, teacher(images))
+            output = network(images) if teacher is None else network(images, teacher(images))
         if step % settings.log_every == 0:
             seen.clear()
         seen.add(output.token_ids, output.error)
         output.loss.backward()
-        update(optimizer, output.loss)
+        update(optimizer, distributed.mean(output.loss))
 
         if (step + 1) % settings.log_every == 0 or step + 1 == total:
-            use = codebook_use(seen.counts.cpu().numpy())
+            use = codebook_use(distributed.total(seen.counts).cpu().numpy())
             run.log(
                 step + 1,
-                **in_words(tokenizer, seen.mean_error()),
+                **in_words(tokenizer, distributed.mean(seen.mean_error()).item()),
                 live_codes=use.live,
                 perplexity=use.perplexity,
                 lr=lr,
@@ -151,13 +170,25 @@ def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
 
     if loader.bad_images.found:
         print(f"{run.out}: {loader.bad_images}", file=sys.stderr)
-    use, error, sheet = judge(tokenizer.eval(), teacher, source, device)
-    (run.out / "reconstructions.png").write_bytes(png_bytes(strip(sheet)))
+    return distributed.on_main(lambda: finish(settings, tokenizer.eval(), teacher, source, total))
+
+
+def finish(
+    settings: TrainTokenizer,
+    tokenizer: DiscreteVAE | VQKD,
+    teacher: Teacher | None,
+    source: ImageSource,
+    steps: int,
+) -> dict[str, float]:
+    """Judge the tokenizer, save it, and say how good it is."""
+    out, device = settings.out, next(tokenizer.parameters()).device
+    use, error, sheet = judge(tokenizer, teacher, source, device)
+    (out / "reconstructions.png").write_bytes(png_bytes(strip(sheet)))
     quality = in_words(tokenizer, error)
-    result = {"live_codes": use.live, "perplexity": use.perplexity, **quality, "steps": total}
-    save_tokenizer(tokenizer, run.out, {**result, "pictures": len(source), "seed": settings.seed})
+    result = {"live_codes": use.live, "perplexity": use.perplexity, **quality, "steps": steps}
+    save_tokenizer(tokenizer, out, {**result, "pictures": len(source), "seed": settings.seed})
     print(
-        f"{run.out}: {use.live:.1%} of {settings.vocab_size} codes alive, perplexity "
+        f"{out}: {use.live:.1%} of {settings.vocab_size} codes alive, perplexity "
         f"{use.perplexity:.0f}, "
         + (
             f"reconstruction {quality['psnr_db']:.1f} dB PSNR"
@@ -286,9 +317,9 @@ class Seen(nn.Module):
         self.error += torch.where(finite, error.detach(), 0)
         self.steps += finite
 
-    def mean_error(self) -> float:
-        """Of the steps since the last `clear`."""
-        return (self.error / self.steps.clamp(min=1)).item()
+    def mean_error(self) -> Tensor:
+        """() of the steps since the last `clear`."""
+        return self.error / self.steps.clamp(min=1)
 
     def clear(self) -> None:
         """Begin a new line."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,30 @@ def test_metrics_say_what_happened(pretrained: Done) -> None:
     assert pretrained.result["loss"] == metrics[-1]["loss"]
 
 
+def test_looks_tell_whether_it_works_and_change_no_weight(
+    shapes: Path, tmp_path: Path, pretrained: Done, tokenizer: Done
+) -> None:
+    """Probes of the layers asked for, from before the first step to after the last."""
+    options = {**PRETRAIN, "tokenizer": tokenizer.folder, "steps": 60, "probe_data": shapes}
+    done = run(
+        tmp_path / "run", "pretrain", shapes / "train", **options, look_epochs=6, probe_layers=(2, 4)
+    )
+    same_weights(done, pretrained)
+    looks = json.loads((done.folder / "looks.json").read_text())
+    epoch = len(list((shapes / "train").rglob("*.png"))) // 12
+    assert [look["step"] for look in looks] == [*range(0, 60, 6 * epoch), 60]
+    names = {f"{kind}_{layer}" for kind in ("linear", "knn", "effective_rank") for layer in (2, 4)}
+    for look in looks:
+        assert look.keys() == {"step"} | names
+        assert all(0 <= look[name] <= 1 for name in names if not name.startswith("effective"))
+        assert 1 <= look["effective_rank_4"] <= 96
+    page = (done.folder / "report.html").read_text()
+    for told in ("hidden tokens guessed", "linear", "step 60", "tokenizer = ", "effective rank"):
+        assert told in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert len(page) < 5e6
+
+
 def test_the_model_is_the_named_size_as_it_is_pretrained(pretrained: Done) -> None:
     model = load(pretrained.folder)
     assert isinstance(model, BeitForMaskedImageModeling)
@@ -53,11 +78,13 @@ def test_the_model_is_the_named_size_as_it_is_pretrained(pretrained: Done) -> No
 
 def test_the_folder_is_as_documented(pretrained: Done) -> None:
     assert sorted(p.name for p in pretrained.folder.iterdir()) == [
-        "README.md", "checkpoints", "config.json", "metrics.jsonl", "model.safetensors",
-        "predictions.png", "preprocessor_config.json", "run.toml",
+        "README.md", "checkpoints", "config.json", "looks.json", "metrics.jsonl", "model.safetensors",
+        "pictures", "preprocessor_config.json", "report.html", "run.toml",
     ]  # fmt: skip
-    with Image.open(pretrained.folder / "predictions.png") as sheet:
-        assert sheet.size == (4 * 100 + 4, 8 * 100 + 4)  # picture, masked, tokens, guesses
+    sheets = sorted((pretrained.folder / "pictures").iterdir())
+    assert [sheet.name for sheet in sheets] == [f"step-{step:08d}.png" for step in range(0, 61, 6)]
+    with Image.open(sheets[-1]) as sheet:
+        assert sheet.size == (5 * 100 + 4, 8 * 100 + 4)  # picture, masked, tokens, guesses, right
 
 
 def test_saved_weights_are_those_of_the_last_checkpoint(pretrained: Done) -> None:
@@ -104,7 +131,8 @@ def test_patches_and_tokens_of_a_sample_belong_together(
     monkeypatch.setattr(beit.commands.pretrain, "to_unit", watch)
     options = {**PRETRAIN, "tokenizer": tokenizer.folder, "steps": 3}
     run(tmp_path / "run", "pretrain", shapes / "train", **options)
-    for patches, tokens in zip(batches[0:6:2], batches[1:6:2], strict=True):
+    trained = [batch for batch in batches if len(batch) == 12]  # looks see 8
+    for patches, tokens in zip(trained[0:6:2], trained[1:6:2], strict=True):
         assert patches.shape == tokens.shape == (12, 3, 32, 32)
         assert float((patches - tokens).abs().mean()) < 0.02  # bicubic beside Lanczos
         others = (patches - tokens.roll(1, 0)).abs().mean(dim=(1, 2, 3))
@@ -223,6 +251,9 @@ def test_statistics_travel_with_the_model(shapes: Path, tmp_path: Path, short: d
         ({"batch_size": 0}, "--batch-size"),
         ({"steps": -5}, "--steps"),
         ({"crop_ratio": 0}, "crop_ratio 0.0 is not in (0, 1]"),
+        ({"probe_layers": 5}, "--probe-layers 5: a layer is from 1 to 4"),
+        ({"probe_data": "nowhere"}, "nowhere"),
+        ({"tokenizer_fp16": True}, "--tokenizer-fp16 is for DALL-E's"),
     ],
 )
 def test_wrong_settings_end_with_2_and_leave_no_folder(

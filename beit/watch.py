@@ -1,0 +1,199 @@
+"""Is a pre-training working? Probes of its features, their rank, pictures of its guesses, and a page.
+
+Masked losses say little: 5 % of the tokens guessed may be a good end. So a run is looked at now and
+then, from before its first step to after its last. A look changes nothing of the training.
+
+    looks.json          one object a look: step, probes, effective rank
+    pictures/           one sheet a look
+    report.html         all of it, with the curves of metrics.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beit.atomic import write_atomically
+from beit.data import ImageSource
+from beit.features import extract_features
+from beit.image import BadImage, preprocess
+from beit.metrics import effective_rank
+from beit.model import Beit
+from beit.precision import Precision
+from beit.probe import fit_best_probe, fit_probe, knn_scores
+from beit.report import Page
+from beit.run import read_metrics
+from beit.visualize import img_tag, line_chart, png_bytes
+
+MOST_FOR_RANK = 256  # pictures
+BATCH = 32
+
+Look = dict[str, Any]
+
+
+@dataclass
+class Watch:
+    """Looks at a model in training, and tells of it in the run's folder.
+
+    train, test: labelled pictures to probe with; without them there is the rank alone.
+    unlabelled: pictures for the rank where there are no labelled ones.
+    layers: blocks whose mean-pooled features are probed, counted from 1.
+    draw: model -> a sheet of pictures, or None.
+    """
+
+    out: Path
+    unlabelled: ImageSource
+    layers: Sequence[int]
+    precision: Precision
+    draw: Callable[[Any], Image.Image | None]
+    train: ImageSource | None = None
+    test: ImageSource | None = None
+    looks: list[Look] = field(init=False)
+
+    def __post_init__(self) -> None:
+        file = self.out / "looks.json"
+        self.looks = json.loads(file.read_text()) if file.exists() else []
+
+    def look(self, model: Beit, step: int) -> Look:
+        """Probe, draw, and write the page; the model is left in the mode it was in."""
+        training = model.training
+        self.looks = [look for look in self.looks if look["step"] < step]  # a resumed run looks again
+        look: Look = {"step": step, **self.probes(model.eval())}
+        self.looks.append(look)
+        sheet = self.draw(model)
+        model.train(training)
+        if sheet is not None:
+            (self.out / "pictures").mkdir(exist_ok=True)
+            write_atomically(self.out / "pictures" / f"step-{step:08d}.png", png_bytes(sheet))
+        write_atomically(self.out / "looks.json", json.dumps(self.looks, indent=1).encode() + b"\n")
+        return look
+
+    def probes(self, model: Beit) -> Look:
+        """{"effective_rank_9": ..., "linear_9": ..., "knn_9": ...}, accuracies as shares."""
+        layers = list(self.layers)
+        if self.train is None or self.test is None:
+            features = features_of(model, self.unlabelled, layers, self.precision, MOST_FOR_RANK)
+            return {f"effective_rank_{i}": effective_rank(features[i].numpy()) for i in layers}
+        known = features_of(model, self.train, layers, self.precision)
+        asked = features_of(model, self.test, layers, self.precision)
+        y, truth = torch.tensor(self.train.labels), torch.tensor(self.test.labels)
+        fifth = torch.arange(len(y)) % 5 == 0  # chooses the penalty
+        fifth = fifth[torch.from_numpy(np.random.default_rng(0).permutation(len(y)))]
+        classes, look = len(self.train.classes), {}
+        for i in layers:
+            x = known[i]
+            chosen, _ = fit_best_probe((x[~fifth], y[~fifth]), (x[fifth], y[fifth]), classes)
+            line = fit_probe(x, y, classes, chosen.penalty * len(y) / max(int((~fifth).sum()), 1))
+            near = knn_scores((x, y), asked[i], classes).argmax(dim=1)
+            look[f"linear_{i}"] = line.accuracy(asked[i], truth)
+            look[f"knn_{i}"] = float((near == truth).double().mean())
+            look[f"effective_rank_{i}"] = effective_rank(asked[i][:MOST_FOR_RANK].numpy())
+        return look
+
+    def write_page(self, title: str, expected: Sequence[tuple[str, str, str]], tensors: int) -> None:
+        """report.html: what came beside what is to be expected, curves, probes, pictures, settings.
+
+        expected: (what, what came, what is usual) rows. tensors: width of the features.
+        """
+        page = Page(title, "Made anew at each look while it runs. Nothing on this page needs a network.")
+        page.section("Is it working?", "What came, and what is usual.")
+        page.table(("", "now", "usual"), expected)
+        metrics = read_metrics(self.out / "metrics.jsonl")
+        page.section("Curves", "One point a logged step.")
+        page.charts(
+            [
+                line_chart({"": points(metrics, key)}, "step", name)
+                for key, name in CURVES.items()
+                if len(points(metrics, key)) > 1
+            ]
+        )
+        if self.train is not None and self.test is not None:
+            page.section(
+                "Probes",
+                f"Share of {len(self.test):,} labelled pictures named right from frozen, mean-pooled "
+                f"features; {len(self.train):,} others are known. Step 0 is the untrained network.",
+            )
+            page.charts(
+                [
+                    line_chart(
+                        {f"layer {i}": points(self.looks, f"{k}_{i}") for i in self.layers}, "step", k
+                    )
+                    for k in ("linear", "knn")
+                ]
+            )
+        page.section(
+            "Are features alive?",
+            f"The effective rank of {tensors}-wide features: how many directions they use. One that falls "
+            "towards 1 is a collapse; it grows while a network learns to tell pictures apart.",
+        )
+        ranks = {f"layer {i}": points(self.looks, f"effective_rank_{i}") for i in self.layers}
+        page.charts([line_chart(ranks, "step", "effective rank")])
+        self._show_pictures(page)
+        page.section("Settings", f"run.toml; beit {version('beit')}, torch {torch.__version__}.")
+        page.code((self.out / "run.toml").read_text(encoding="utf-8"))
+        page.code(" ".join(["beit", *sys.argv[1:]]))
+        page.write(self.out / "report.html")
+
+    def _show_pictures(self, page: Page) -> None:
+        sheets = sorted((self.out / "pictures").glob("step-*.png"))
+        if sheets:
+            page.section(
+                "Guesses",
+                "From left to right: the picture; what the encoder sees; its tokens, drawn; the same with "
+                "the hidden ones as the encoder guesses them; the hidden patches, green where the very "
+                "token was guessed. Without a drawing tokenizer the middle is missing.",
+            )
+        for file in sheets[:1] + sheets[1:][-1:]:
+            with Image.open(file) as sheet:
+                page.figure(
+                    img_tag(sheet.convert("RGB"), file.stem), f"step {int(file.stem.split('-')[1]):,}"
+                )
+
+
+CURVES = {
+    "loss": "loss",
+    "token_accuracy": "share of hidden tokens guessed",
+    "target_perplexity": "perplexity of the tokens",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "images_per_second": "pictures a second",
+}
+
+
+def points(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, number) of the lines that have one."""
+    return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
+
+
+def features_of(
+    model: Beit, source: ImageSource, layers: list[int], precision: Precision, most: int | None = None
+) -> dict[int, Tensor]:
+    """{layer: (n, D)} mean-pooled, of `most` pictures spread over a source, or of all.
+
+    A picture that cannot be read gives way to a black one, so that features and labels stay in step.
+    """
+    count = min(most or len(source), len(source))
+    chosen = np.linspace(0, len(source) - 1, count).astype(int)
+
+    def read(index: int) -> np.ndarray:
+        try:
+            return preprocess(source.read(index), model.image_spec)
+        except BadImage:
+            return np.zeros((3, *model.image_spec.size), np.float32)
+
+    def batches() -> Iterator[Tensor]:
+        for part in np.array_split(chosen, math.ceil(count / BATCH)):
+            yield torch.from_numpy(np.stack([read(int(index)) for index in part]))
+
+    return extract_features(model, batches(), layers, "mean", precision)

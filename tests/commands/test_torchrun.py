@@ -1,0 +1,104 @@
+"""The training commands under torchrun: two processes make what one makes, and one goes on from them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, command_line
+
+from .conftest import PRETRAIN, TOKENIZER, Done, run
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun of POSIX")
+
+
+def torchrun(out: Path, *words: str | Path, code: int = 0, **options: object) -> str:
+    """`torchrun --nproc-per-node 2 -m beit ...`; what was said on stderr. Its own code is 0 or 1."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "beit", *command_line(*words, out=out, **options)]
+    done = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    return done.stderr
+
+
+def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Equal but for the order of float32 sums, which AdamW's first steps enlarge."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=3e-4, rtol=1e-3, msg=name)
+
+
+@pytest.fixture
+def short(tokenizer: Done) -> dict[str, Any]:
+    return {**PRETRAIN, "tokenizer": tokenizer.folder, "log_every": 2, "lr": 1e-3, "steps": 6}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"shard": True, "device_batch_size": 4}],
+    ids=["ddp", "fsdp-in-parts"],
+)
+def test_two_processes_pretrain_as_one_does(
+    shapes: Path, tmp_path: Path, short: dict[str, Any], how: dict[str, Any]
+) -> None:
+    said = torchrun(tmp_path / "two", "pretrain", shapes / "train", **short, **how)
+    assert said.count("2 x cpu in fp32") == 1, "only the main process speaks"
+    two = Done(tmp_path / "two", {}, said)
+    one = run(tmp_path / "one", "pretrain", shapes / "train", **short)
+    for ours, theirs in zip(two.metrics, one.metrics, strict=True):
+        for name in ("loss", "token_accuracy", "masked_ratio", "target_perplexity", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    close(two.weights, one.weights)
+    files = [{p.name for p in done.folder.iterdir()} for done in (two, one)]
+    assert files[0] == files[1]
+
+
+def test_one_process_goes_on_from_two(
+    shapes: Path, tmp_path: Path, tokenizer: Done, short: dict[str, Any]
+) -> None:
+    """The newest checkpoint of the two is torn, so it goes on from the one before."""
+    options = {**short, "save_every": 4}
+    torchrun(tmp_path / "run", "pretrain", shapes / "train", **options)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    step_6 = tmp_path / "run" / "checkpoints" / "step-00000006"
+    (step_6 / "model.safetensors").write_bytes(b"torn")
+    went_on = run(tmp_path / "run", "pretrain", shapes / "train", **options)
+    assert "going on from step 4 of 6" in went_on.said
+    one = run(tmp_path / "one", "pretrain", shapes / "train", **options)
+    close(went_on.weights, one.weights)
+
+
+@pytest.mark.parametrize("kind", ["dvae", "vqkd"])
+def test_two_processes_train_a_tokenizer_together(shapes: Path, tmp_path: Path, kind: str) -> None:
+    """The batch is one batch, and so is the codebook: the same counts, and all codes of both alike."""
+    options = {**TOKENIZER, "kind": kind, "steps": 4, "log_every": 1, "lr": 1e-3, "crop_scale": (1, 1)}
+    if kind == "vqkd":
+        del options["hidden_dim"]
+        options |= {"model": "beit_mini_patch8_32", "decoder_depth": 1}
+    torchrun(tmp_path / "two", "train-tokenizer", shapes / "train", **options)
+    two = Done(tmp_path / "two", {}, "")
+    one = run(tmp_path / "one", "train-tokenizer", shapes / "train", **options)
+    assert [line["step"] for line in two.metrics] == [1, 2, 3, 4]
+    if kind == "vqkd":  # it begins with codes from rank 0's pictures, so with others
+        assert two.metrics[-1]["live_codes"] > 0.1
+        assert two.metrics[-1]["cosine"] == pytest.approx(one.metrics[-1]["cosine"], rel=0.1)
+        return
+    for ours, theirs in zip(two.metrics, one.metrics, strict=True):
+        assert ours["psnr_db"] == pytest.approx(theirs["psnr_db"], rel=1e-3)
+        assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=0.02)
+
+
+def test_a_batch_that_does_not_divide_is_refused(
+    shapes: Path, tmp_path: Path, short: dict[str, Any]
+) -> None:
+    options = {**short, "batch_size": 13}
+    said = torchrun(tmp_path / "run", "pretrain", shapes / "train", code=1, **options)
+    assert "batch_size 13 does not divide among 2 processes; use --batch-size 12 or 14" in said
+    assert not (tmp_path / "run").exists()
