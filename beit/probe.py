@@ -11,9 +11,8 @@ features' device.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,6 +50,11 @@ class LinearProbe:
     def logits(self, features: Tensor) -> Tensor:
         """(n, D) -> (n, C)."""
         return F.linear((features.double() - self.mean) / self.std, self.weight, self.bias)
+
+    def as_head(self) -> tuple[Tensor, Tensor]:
+        """Weight (C, D) and bias (C,) that give the same logits without standardising."""
+        weight = self.weight / self.std
+        return weight, self.bias - weight @ self.mean
 
     def predict(self, features: Tensor) -> Tensor:
         """(n, D) -> (n,) classes."""
@@ -159,6 +163,19 @@ def fit_best_probe(
     scored = [(probe.accuracy(*validation), probe) for probe in probes]
     accuracy, probe = max(scored, key=lambda pair: pair[0])
     return probe, accuracy
+
+
+def stratified_fifth(labels: Sequence[int] | np.ndarray, seed: int) -> Tensor:
+    """A (n,) bool choice of a fifth of each class; classes with fewer than five give none or one."""
+    rng = np.random.default_rng(seed)
+    held_out = np.zeros(len(labels), dtype=bool)
+    array = np.array(labels)
+    for label in np.unique(array):
+        members = rng.permutation(np.flatnonzero(array == label))
+        held_out[members[: len(members) // 5]] = True
+    if not held_out.any():  # too few to hold any out of each
+        held_out[rng.permutation(len(labels))[: max(1, len(labels) // 5)]] = True
+    return torch.from_numpy(held_out)
 
 
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -381,18 +398,31 @@ def out_of_fold(
     return found[int(fit.argmax())]
 
 
+class LabelReview(NamedTuple):
+    """In which order to review labels, and what each may be instead."""
+
+    order: Tensor  # (n,) int64, likeliest error first
+    suggestion: Tensor  # (n,) int64, the likeliest other class, in the pictures' order
+    confidence: Tensor  # (n,) float64, its probability
+    given: Tensor  # (n,) float64, that of the label
+
+
 def likely_label_errors(
     features: Tensor, labels: Tensor, num_classes: int, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """The order (n,) in which to review labels, likeliest error first; and what each may be (n,).
+) -> LabelReview:
+    """What a look at the labels should begin with.
 
     By out-of-fold confidence: the probability of the given label less that of the likeliest other, as in
-    confident learning (Northcutt et al., 2021). The second is that other class, in the pictures' order.
+    confident learning (Northcutt et al., 2021).
     """
-    probability = out_of_fold(features, labels, num_classes, seed=seed)
+    return review_labels(out_of_fold(features, labels, num_classes, seed=seed), labels)
+
+
+def review_labels(probability: Tensor, labels: Tensor) -> LabelReview:
+    """The same from the probabilities (n, C) of a classifier that has not learned these labels (n,)."""
     given = probability.gather(1, labels[:, None])[:, 0]
-    other, suggestion = probability.scatter(1, labels[:, None], -1).max(dim=1)
-    return (given - other).argsort(stable=True), suggestion
+    confidence, suggestion = probability.scatter(1, labels[:, None], -1).max(dim=1)
+    return LabelReview((given - confidence).argsort(stable=True), suggestion, confidence, given)
 
 
 def _folds(labels: Tensor, folds: int, seed: int) -> Tensor:
@@ -403,16 +433,3 @@ def _folds(labels: Tensor, folds: int, seed: int) -> Tensor:
     fold = np.empty(len(array), dtype=np.int64)
     fold[order] = np.arange(len(array)) % folds
     return torch.from_numpy(fold).to(labels.device)
-
-
-def pixel_hash(image: np.ndarray) -> bytes:
-    """What a decoded picture, uint8 (H, W, 3), is known by: the same for equal pixels in any file."""
-    return hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).digest()
-
-
-def duplicates(hashes: Iterable[bytes]) -> list[list[int]]:
-    """Groups of places with equal hashes, in order; those that occur once are left out."""
-    groups: dict[bytes, list[int]] = {}
-    for place, value in enumerate(hashes):
-        groups.setdefault(value, []).append(place)
-    return [group for group in groups.values() if len(group) > 1]

@@ -1,20 +1,28 @@
-"""`beit finetune`: a pre-trained encoder and labelled pictures in, a classifier out (paper §2.6)."""
+"""`beit finetune`: a pre-trained encoder and labelled pictures in, a classifier out (paper §2.6).
+
+What no flag says is chosen from the pictures, printed, and kept in run.toml: which are held out to
+validate on, how long to train, and whether to train the encoder at all. With few pictures a linear head on
+frozen features is as good as anything; with more, fine-tuning has to beat it or it is the answer.
+"""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch import Tensor
 
+from beit import distributed
 from beit.augment import (
     CropAndFlip,
     erase,
@@ -25,56 +33,85 @@ from beit.augment import (
     to_unit,
 )
 from beit.checkpoints import load_model, save
-from beit.data import BadImages, ImageSource, Loader, has_split, open_source
+from beit.data import ImageSource, Loader
 from beit.engine import Engine
+from beit.flops import peak_flops, training_flops
+from beit.frozen import FrozenClassifier, frozen_classifier
 from beit.handover import to_classifier
 from beit.hub import is_remote
-from beit.image import unilm_spec
-from beit.metrics import top_k_accuracy
+from beit.image import BadImage, unilm_spec
+from beit.labelled import Labelled, Side, open_labelled
+from beit.metrics import fit_temperature
 from beit.model import BeitForImageClassification, variant
-from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate
-from beit.precision import Precision, autocast, pick_device
+from beit.optim import EMA, adamw, cosine_schedule, param_groups, set_learning_rate, update
+from beit.precision import Precision, autocast
 from beit.run import Run
+from beit.split import data_hash, write_split
+from beit.validation import Validation, logits_of, score
+
+RELEASED = "beit_base_patch16_224_pt22k"  # what is named to those who begin from nothing
+FEW = 50  # pictures a class; with fewer, frozen features and a linear head
+IMAGE_PASSES = 50_000  # pictures seen in all, where neither epochs nor steps are given
+UNBALANCED = 3.0  # the largest class is so many times the smallest
+LOOKS = 50  # at the validation pictures, at most
+ENOUGH_TO_CALIBRATE = 20  # validation pictures
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Finetune:
     data: Path
-    """Folder with one sub-folder a class, or with train/ and val/ of such; a .csv of path,label; tar shards
-    or Parquet."""
+    """Folder with one sub-folder a class, or with train/ and val/ of such; a .csv of path,label, several
+    labels with ; between; tar shards or Parquet."""
     _: KW_ONLY
-    model: Annotated[str, Parameter(alias="-m")]
+    model: Annotated[str | None, Parameter(alias="-m")] = None
     """What to start from: a model folder or file, hub:owner/name, a name of `beit models`; or the name of
-    a size, such as beit_tiny_patch8_64, to start from nothing."""
-    out: Annotated[Path, Parameter(alias="-o")]
-    """Run folder; becomes the model that `classify -m` takes."""
+    a size, such as beit_tiny_patch8_64, to start from nothing, which is done where none is given."""
+    out: Annotated[Path | None, Parameter(alias="-o")] = None
+    """Run folder; becomes the model that `classify -m` takes. DATA's name with .run where not given."""
     val: Path | None = None
-    """Labelled pictures to watch the accuracy on; DATA/val where that exists."""
+    """Labelled pictures to validate on; DATA/val where that exists, else a share of DATA."""
+    val_share: NonNegativeFloat | None = None
+    """Share of each class to hold out where there are no others: 0.2, or 0.1 from 5,000 pictures on. 0
+    holds none out."""
+    method: Literal["head", "best", "full"] | None = None
+    """head: a linear head on frozen features. full: train all. best: train all, and take the head where
+    that is better. Chosen by the number of pictures; full where a setting of training is given."""
+    use_epoch: Literal["best", "last"] = "best"
+    """Which weights to keep: those that were best on the validation pictures, or the last."""
     img_size: PositiveInt | None = None
     """Pixels; the model's own where not given."""
     crop_ratio: float | None = None
     """Centre that evaluation looks at; 0.875 below 384 pixels where not given, 1 shows all."""
     drop_path: float = 0.1
     """Stochastic depth of the last block."""
-    epochs: PositiveInt = 100
-    """Passes over the pictures."""
+    epochs: PositiveInt | None = None
+    """Passes over the pictures; so many that 50,000 are seen where not given, from 10 to 100."""
     steps: NonNegativeInt = 0
     """Training steps; 0 follows `epochs`."""
     warmup_epochs: NonNegativeFloat = 20.0
     """At most a fifth of the run."""
-    batch_size: PositiveInt = 64
-    lr: NonNegativeFloat = 1e-3
-    """Peak learning rate of the head; the paper's 4e-3 is for a batch of 1024."""
+    batch_size: PositiveInt | None = None
+    """Pictures a step, over all that take part in it; 64 where not given, fewer below 640 pictures."""
+    device_batch_size: NonNegativeInt = 0
+    """At most so many at once, and as often as it takes; 0: all of a step together."""
+    lr: NonNegativeFloat | None = None
+    """Peak learning rate of the head, 0.001 where not given; the paper's 4e-3 is for a batch of 1024."""
     min_lr: NonNegativeFloat = 1e-6
-    layer_decay: float = 0.65
-    """Each layer below learns this much slower: 0.65 base, 0.75 large; 1 turns it off."""
+    layer_decay: float | None = None
+    """Each layer below learns this much slower: 0.65 base, 0.75 large where not given; 1 turns it off."""
     weight_decay: NonNegativeFloat = 0.05
     clip_grad_norm: NonNegativeFloat = 0.0
     """0 turns clipping off."""
+    ema_decay: NonNegativeFloat = 0.0
+    """Validate and keep a running average of the weights, 0.9999 is usual; 0 the weights themselves."""
     label_smoothing: float = 0.1
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Share of a picture's area that a crop covers."""
+    class_weights: Annotated[bool | None, Parameter(negative="--no-class-weights")] = None
+    """Rare classes count more in the loss, by one over the root of their number; where not given, if one
+    class has three times the pictures of another and no setting of training is given."""
+    crop_scale: tuple[float, float] | None = None
+    """Share of a picture's area that a crop covers; 0.08 to 1, the paper's, where not given, and from 0.3
+    where all is chosen."""
     hflip: float = 0.5
     """Probability of mirroring; 0 for writing and signs."""
     rand_augment: NonNegativeFloat = 0.0
@@ -85,9 +122,15 @@ class Finetune:
     """How evenly two pictures are mixed; the paper's is 0.8. 0 turns it off."""
     cutmix: NonNegativeFloat = 0.0
     """How large a piece of another picture is pasted in; the paper's is 1. 0 turns it off."""
+    calibrate: Annotated[bool, Parameter(negative="--no-calibrate")] = True
+    """Divide the head by the temperature that fits the validation pictures best."""
     seed: int = 0
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
+    gradient_checkpointing: bool = False
+    """Less memory, more time."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
     device: str = "auto"
     workers: NonNegativeInt = 2
     """Processes that prepare pictures; 0 leaves it to the run's own."""
@@ -97,33 +140,244 @@ class Finetune:
     """Steps between lines of metrics.jsonl."""
     save_every: PositiveInt = 500
     """Steps between checkpoints."""
+    keep_last: PositiveInt = 2
+    """The newest checkpoints stay."""
+    keep_every: NonNegativeInt = 0
+    """Those of every so many steps stay as well."""
+    tensorboard: bool = False
+    """Log to OUT/tensorboard too."""
     overwrite: bool = False
     """Begin again where the folder holds a run."""
+
+
+# Given, they say that one wants to train, and how.
+TRAINING = ("epochs", "batch_size", "lr", "layer_decay", "crop_scale")
 
 
 class Batch(NamedTuple):
     """What a step sees, still on the CPU."""
 
     pictures: list[np.ndarray]  # uint8 (img_size, img_size, 3)
-    labels: list[int]
+    indices: list[int]  # of the training pictures
 
 
-def finetune(settings: Finetune) -> dict[str, float]:
-    """Fine-tune a model on labelled pictures."""
-    source = open_source(settings.data, labelled=True)
-    if len(source.classes) < 2:
-        raise ValueError(f"{settings.data} has one class ({source.classes[0]}); two or more are needed")
-    validation = open_validation(settings, source)
-    model = starting_model(settings, source)
+def finetune(settings: Finetune) -> dict[str, Any]:
+    """Fine-tune a model on labelled pictures; under torchrun, over all its processes."""
+    with distributed.joined(settings.device) as device:
+        return train(settings, device)
+
+
+def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
+    """This process's share of it; returns the numbers of the finished model."""
+    data = open_labelled(
+        settings.data, settings.val, settings.val_share, settings.seed, settings.workers
+    )
+    settings = choose(settings, data)
+    assert settings.out is not None
+    model = starting_model(settings, data.classes).to(device)
     run = Run(settings.out, settings, settings.overwrite)
-    device = pick_device(settings.device)
-    model = model.to(device).train()
-    config = model.config
+    if data.held_out and data.val is not None:
+        parts = {"train": data.train.source, "val": data.val.source}
+        distributed.on_main(lambda: write_split(run.out / "split.csv", parts))
 
-    layer_decay = None if settings.layer_decay == 1 else settings.layer_decay
-    groups = param_groups(model, settings.weight_decay, layer_decay, config.depth)
-    optimizer = adamw(groups, settings.lr)
-    red, green, blue = (min(255, round(255 * value)) for value in model.image_spec.mean)
+    result: dict[str, Any] = {}
+    frozen = None
+    if settings.method != "full":
+        frozen = distributed.on_main(lambda: fit_head(settings, data, model))
+    if settings.method != "head":
+        result = fit(settings, data, model, run, device)
+    final = model
+    if frozen is not None:
+        tuned = model if settings.method == "best" else None
+        final, told = the_better(frozen, tuned, data.val, device)
+        result |= told
+    final.eval()
+    if data.val is not None:
+        logits = logits_of(scorer(final, device), data.val.source)
+        if settings.calibrate and len(data.val.source) >= ENOUGH_TO_CALIBRATE:
+            result["temperature"] = fit_temperature(logits, data.val.truth)
+            logits = logits / result["temperature"]
+            divide_head(final, result["temperature"])
+        result["val_accuracy"] = score(logits, data.val.truth)["accuracy"]
+        distributed.say(f"{run.out}: {in_words(result, data)}")
+    provenance = {
+        "made_by": "beit finetune",
+        "pictures": len(data.train.source),
+        **result,
+        **({"several_labels": True} if data.several else {}),
+        **({"batch_size": settings.batch_size} if settings.batch_size else {}),
+        "seed": settings.seed,
+        "data_hash": data_hash(data.everything, data.divided.looked),
+    }
+    distributed.on_main(lambda: save(final, run.out, provenance))
+    return result
+
+
+# --- What was not said ----------------------------------------------------------------------------
+
+
+def choose(settings: Finetune, data: Labelled) -> Finetune:
+    """The settings with all that was not given, from the number of pictures; says what it chose."""
+    count, classes = len(data.train.source), len(data.classes)
+    pixels = short_side(data.train.source)
+    model = settings.model or ("beit_mini_patch8_32" if pixels < 48 else "beit_tiny_patch8_64")
+    fresh = is_fresh(model)
+    asked = bool(settings.steps) or any(getattr(settings, name) is not None for name in TRAINING)
+    method = settings.method
+    if method is None:
+        few = count < FEW * classes and not fresh
+        method = "full" if asked or data.several or data.val is None else "head" if few else "best"
+    if method != "full" and data.several:
+        raise ValueError(f"--method {method} is for one label a picture; use --method full")
+    if method == "best" and data.val is None:
+        raise ValueError("--method best compares on validation pictures; give --val, or a --val-share")
+    counts = np.bincount(data.train.source.labels, minlength=classes)
+    unbalanced = counts.max() > UNBALANCED * max(1, counts.min())
+    chosen: dict[str, Any] = {
+        "model": model,
+        "out": Path(f"{run_name(settings.data)}.run"),
+        "method": method,
+    }
+    if method != "head":
+        batch = 64 if count >= 640 else max(8, 2 ** int(math.log2(max(count, 10) / 10)))
+        large = not fresh and re.search("large", model)
+        chosen |= {
+            "batch_size": batch,
+            "lr": 1e-3,
+            "layer_decay": 1.0 if fresh else 0.75 if large else 0.65,
+            "crop_scale": (0.08, 1.0) if asked else (0.3, 1.0),
+        }
+        if unbalanced and not asked and not data.several:
+            chosen["class_weights"] = True
+        if not settings.steps:
+            chosen["epochs"] = min(100, max(10, IMAGE_PASSES // count))
+    new = {name: value for name, value in chosen.items() if getattr(settings, name) is None}
+    if settings.model is None:
+        distributed.say(
+            f"no --model was named: {model} begins from nothing. A pre-trained one needs far fewer "
+            f"pictures: give -m {RELEASED}, which is downloaded once; `beit models` lists all"
+        )
+    if data.held_out and data.val is not None:
+        distributed.say(
+            f"{len(data.val.source):,} of {len(data.val.source) + count:,} pictures are held out to "
+            "validate on, of each class its share, duplicates together; split.csv names them"
+        )
+    if new:
+        told = ", ".join(f"{name} {value}" for name, value in new.items() if name != "out")
+        distributed.say(f"chosen for {count:,} pictures of {classes} classes: {told}")
+    if "class_weights" in new:
+        distributed.say(
+            f"classes have {counts.min()} to {counts.max()} pictures: rare ones count more in the loss"
+        )
+    return replace(settings, **new)
+
+
+def run_name(data: Path) -> str:
+    """What a run on some data is called: flowers of flowers/, flowers.csv or shards/flowers-*.tar."""
+    name = data.resolve().name
+    for suffix in (".csv", ".tar", ".parquet", ".txt"):
+        name = name.removesuffix(suffix)
+    return re.split(r"[*?{[]", name)[0].rstrip("-_.") or "finetune"
+
+
+def short_side(source: ImageSource) -> int:
+    """The median short side, in pixels, of up to 50 pictures spread over a source."""
+    sides = []
+    for index in np.linspace(0, len(source) - 1, min(50, len(source))).astype(int).tolist():
+        with suppress(BadImage):
+            sides.append(min(source.open(index).size))
+    return int(np.median(sides)) if sides else 224
+
+
+def is_fresh(model: str) -> bool:
+    """Whether a model is the name of a size, to begin from nothing."""
+    return "/" not in model and not Path(model).exists() and not is_remote(model)
+
+
+# --- The models ----------------------------------------------------------------------------------
+
+
+def starting_model(settings: Finetune, classes: Sequence[str]) -> BeitForImageClassification:
+    """A classifier for the classes, from a trained model or, by a size's name, from nothing."""
+    assert settings.model is not None
+    torch.manual_seed(settings.seed)
+    if is_fresh(settings.model):
+        config = variant(settings.model).for_classification(len(classes))
+        config = replace(
+            config, img_size=settings.img_size or config.img_size, drop_path_rate=settings.drop_path
+        )
+        model = BeitForImageClassification(config)
+        model.image_spec = unilm_spec(config.image_height_width[0])
+        model.id2label = dict(enumerate(classes))
+        distributed.say(f"{settings.model}: a fresh network, nothing is loaded")
+    else:
+        start = load_model(settings.model, dtype=torch.float32)
+        model, report = to_classifier(start, classes, settings.img_size, settings.drop_path)
+        distributed.say(f"{settings.model}: {report}")
+    if settings.crop_ratio is not None:
+        model.image_spec = replace(model.image_spec, crop_ratio=settings.crop_ratio)
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    return model
+
+
+def fit_head(settings: Finetune, data: Labelled, start: BeitForImageClassification) -> FrozenClassifier:
+    """A linear head on the frozen features of the starting model."""
+    frozen = frozen_classifier(
+        start, data.train.source, settings.precision, settings.workers, settings.seed
+    )
+    distributed.say(
+        f"a linear head on the frozen block {frozen.layer} of {start.config.depth} is right for "
+        f"{frozen.held_out:.1%} of a fifth of the training pictures that it had not seen"
+    )
+    return frozen
+
+
+def the_better(
+    frozen: FrozenClassifier,
+    tuned: BeitForImageClassification | None,
+    val: Side | None,
+    device: torch.device,
+) -> tuple[BeitForImageClassification, dict[str, Any]]:
+    """The fine-tuned model, unless the head on frozen features is better on the validation pictures."""
+    told: dict[str, Any] = {"method": "linear head on frozen features", "head_layer": frozen.layer}
+    if tuned is None or val is None:
+        return frozen.model, told
+    head, fine = (
+        score(logits_of(scorer(model, device), val.source), val.truth)["accuracy"]
+        for model in (frozen.model, tuned)
+    )
+    told |= {"head_accuracy": head, "finetuned_accuracy": fine}
+    if fine >= head:
+        return tuned, {**told, "method": "fine-tuned"}
+    distributed.say(
+        f"fine-tuning came to {fine:.1%} of the validation pictures, the linear head on frozen features "
+        f"to {head:.1%}: the head is taken"
+    )
+    return frozen.model, told
+
+
+def scorer(model: BeitForImageClassification, device: torch.device) -> Engine:
+    """What scores: the same preparation and numbers as `classify` and `evaluate` have."""
+    return Engine(model, precision="fp32", device=str(device), batch_size=64)
+
+
+# --- The loop ------------------------------------------------------------------------------------
+
+
+def fit(
+    settings: Finetune,
+    data: Labelled,
+    model: BeitForImageClassification,
+    run: Run,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Train the model, or go on with it; leaves it with the weights that are kept."""
+    assert settings.batch_size
+    assert settings.lr is not None
+    assert settings.crop_scale is not None
+    model.train()
+    config, spec = model.config, model.image_spec
+    red, green, blue = (min(255, round(255 * value)) for value in spec.mean)
     view = CropAndFlip(
         config.image_height_width[0],
         settings.crop_scale,
@@ -131,110 +385,153 @@ def finetune(settings: Finetune) -> dict[str, float]:
         rand_augment=settings.rand_augment,
         fill=(red, green, blue),
     )
-    loader = Loader(
-        source,
-        settings.batch_size,
-        settings.seed,
-        settings.workers,
-        BadImages(run.out / "bad_images.csv", len(source), settings.max_bad_images),
-    )
-    steps_per_epoch = loader.steps_per_epoch
-    total = settings.steps or settings.epochs * steps_per_epoch
-    warmup = min(round(settings.warmup_epochs * steps_per_epoch), total // 5)
+    rank, world = distributed.rank(), distributed.size()
+    parts = distributed.accumulation(settings.batch_size, settings.device_batch_size)
+    loader = Loader.of_run(
+        data.train.source, settings.batch_size, settings.seed, settings.workers, run.out,
+        settings.max_bad_images, rank, world,
+    )  # fmt: skip
+    total = settings.steps or (settings.epochs or 1) * loader.steps_per_epoch
+    warmup = min(round(settings.warmup_epochs * loader.steps_per_epoch), total // 5)
+    batch_size = min(settings.batch_size, len(data.train.source))
+    every = max(loader.steps_per_epoch, -(-total // LOOKS))
+    watched = None
+    if data.val is not None:
+        watched = Validation(run.out, *data.val, model, device, settings.precision)
+    truth = torch.from_numpy(data.train.truth)
+    weights = class_weights(data.train.source).to(device) if settings.class_weights else None
+    criterion = Criterion(settings.label_smoothing, weights, data.several)
+
+    if settings.compile:
+        for block in model.blocks:
+            block.compile()
+    network = distributed.wrap(model)
+    layer_decay = None if settings.layer_decay == 1 else settings.layer_decay
+    groups = param_groups(model, settings.weight_decay, layer_decay, config.depth)
+    optimizer = adamw(groups, settings.lr)
+    ema = EMA(model, settings.ema_decay) if settings.ema_decay else None
 
     def batches(steps: range) -> Iterator[Batch]:
         for samples in loader.batches(steps, view):
-            yield Batch([picture for _, picture in samples], [int(source.labels[i]) for i, _ in samples])
+            yield Batch([picture for _, picture in samples], [index for index, _ in samples])
 
-    started, seen = time.monotonic(), 0
-    for step, (pictures, targets) in run.steps(
+    def kept() -> Mapping[str, Tensor]:
+        return model.state_dict() if ema is None else ema.tensors
+
+    for step, (pictures, indices) in run.steps(
         model,
         optimizer,
         total,
         batches,
         settings.save_every,
         settings.seed,
+        ema=ema,
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
+        batch_size=batch_size,
+        flops_per_image=training_flops(config),
+        peak_flops=peak_flops(device, settings.precision)[0],
+        tensorboard=settings.tensorboard,
     ):
+        if watched is not None and step and step % every == 0:
+            watched.look(step, kept())
         lr = cosine_schedule(step, total, warmup, settings.lr, settings.min_lr)
         set_learning_rate(optimizer, lr)
-        images = normalise(to_unit(pictures, device), model.image_spec)
-        labels = torch.tensor(targets, device=device)
-        step_rng = np.random.default_rng([settings.seed, step, 2])
-        wanted = labels
+        images = normalise(to_unit(pictures, device), spec)
+        labels = truth[indices].to(device)
+        step_rng = np.random.default_rng([settings.seed, step, 2, rank])
+        wanted = labels.float() if data.several else labels
         if settings.reprob:
             images = erase(images, settings.reprob, step_rng)
         if settings.mixup or settings.cutmix:
             mix = sample_mix(*config.image_height_width, settings.mixup, settings.cutmix, step_rng)
-            images, wanted = mix_images(images, mix), mix_targets(labels, config.num_classes, mix)
-        with autocast(settings.precision, device):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), wanted, label_smoothing=settings.label_smoothing)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            model.parameters(), settings.clip_grad_norm or float("inf")
-        )
-        optimizer.step()
+            images = mix_images(images, mix)
+            if data.several:
+                wanted = torch.lerp(wanted.flip(0), wanted, mix.share)
+            else:
+                wanted = mix_targets(labels, config.num_classes, mix)
+        loss, right = torch.zeros(2, device=device)
+        portions = zip(*(t.tensor_split(parts) for t in (images, wanted, labels)), strict=True)
+        for number, (some, targets, truths) in enumerate(portions, 1):
+            with distributed.gradients_sent(network, last=number == parts):
+                with autocast(settings.precision, device):
+                    logits = network(some)
+                part_loss = criterion(logits.float(), targets) / len(images)
+                part_loss.backward()
+            loss += part_loss.detach()
+            right += right_of(logits, truths)
+        loss = distributed.mean(loss)
+        grads = update(optimizer, loss, settings.clip_grad_norm)
 
-        seen += len(images)
         if (step + 1) % settings.log_every == 0 or step + 1 == total:
             run.log(
                 step + 1,
                 loss=loss.item(),
-                train_accuracy=(logits.argmax(dim=-1) == labels).float().mean().item(),
+                train_accuracy=distributed.mean(right).item() / len(images),
                 lr=lr,
-                grad_norm=norm.item(),
-                images_per_second=seen / (time.monotonic() - started),
+                grad_norm=grads.norm.item(),
             )
-            started, seen = time.monotonic(), 0
 
     if loader.bad_images.found:
-        print(f"{run.out}: {loader.bad_images}", file=sys.stderr)
-    model.eval()
-    result: dict[str, float] = {"steps": total}
-    if validation is not None:
-        logits = Engine(model, "torch", "fp32", device=str(device), batch_size=64).logits_of(validation)
-        result["val_accuracy"] = top_k_accuracy(logits, np.array(validation.labels))
-        print(
-            f"{run.out}: {result['val_accuracy']:.1%} of {len(validation)} validation pictures right",
-            file=sys.stderr,
-        )
-    provenance: dict[str, Any] = {
-        "made_by": "beit finetune",
-        "pictures": len(source),
-        **result,
-        "batch_size": settings.batch_size,
-        "seed": settings.seed,
-    }
-    save(model, run.out, provenance)
+        distributed.say(f"{run.out}: {loader.bad_images}")
+    result: dict[str, Any] = {"steps": total}
+    last = kept()
+    if watched is not None:
+        watched.look(total, last)
+        if settings.use_epoch == "best":
+            last = watched.best_weights()
+            result["best_step"] = watched.best
+    model.load_state_dict(last, strict=False)
     return result
 
 
-def open_validation(settings: Finetune, source: ImageSource) -> ImageSource | None:
-    """The pictures to watch, their classes matched by name; None where there are none."""
-    if settings.val is not None:
-        return open_source(settings.val, "val", labelled=True).with_classes(source.classes)
-    if has_split(settings.data, "train") and has_split(settings.data, "val"):
-        return open_source(settings.data, "val", labelled=True).with_classes(source.classes)
-    return None
+@dataclass(frozen=True, eq=False)
+class Criterion:
+    """Cross-entropy, summed over pictures; where they have several labels, the mean over the classes of
+    the binary ones."""
 
+    smoothing: float
+    weights: Tensor | None  # (C,)
+    several: bool
 
-def starting_model(settings: Finetune, source: ImageSource) -> BeitForImageClassification:
-    """A classifier for the source's classes, from a model folder or, by a size's name, from nothing."""
-    torch.manual_seed(settings.seed)
-    if "/" not in settings.model and not Path(settings.model).exists() and not is_remote(settings.model):
-        config = variant(settings.model).for_classification(len(source.classes))
-        config = replace(
-            config, img_size=settings.img_size or config.img_size, drop_path_rate=settings.drop_path
+    def __call__(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """logits: (B, C); wanted: (B,) labels, or (B, C) shares or 0s and 1s. Returns ()."""
+        if self.several:
+            smoothed = wanted * (1 - self.smoothing) + self.smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none").mean(1).sum()
+        return F.cross_entropy(
+            logits, wanted, self.weights, reduction="sum", label_smoothing=self.smoothing
         )
-        model = BeitForImageClassification(config)
-        model.image_spec = unilm_spec(config.image_height_width[0])
-        model.id2label = dict(enumerate(source.classes))
-        print(f"{settings.model}: a fresh network, nothing is loaded", file=sys.stderr)
-    else:
-        start = load_model(settings.model, dtype=torch.float32)
-        model, report = to_classifier(start, source.classes, settings.img_size, settings.drop_path)
-        print(f"{settings.model}: {report}", file=sys.stderr)
-    if settings.crop_ratio is not None:
-        model.image_spec = replace(model.image_spec, crop_ratio=settings.crop_ratio)
-    return model
+
+
+def class_weights(source: ImageSource) -> Tensor:
+    """(C,) float32: one over the root of a class's number of pictures; 1 in the mean over the pictures."""
+    counts = np.maximum(np.bincount(source.labels, minlength=len(source.classes)), 1)
+    weights = counts**-0.5
+    return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
+
+
+def right_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of (B,) labels are named; of (B, C) answers the shares that are right, summed."""
+    if labels.ndim == 2:
+        return ((logits > 0) == labels).float().mean(dim=1).sum()
+    return (logits.argmax(dim=-1) == labels).sum()
+
+
+def divide_head(model: BeitForImageClassification, temperature: float) -> None:
+    """Calibrate in the head itself, so that whatever runs the model has it."""
+    assert isinstance(model.head, torch.nn.Linear)
+    with torch.no_grad():
+        model.head.weight.div_(temperature)
+        model.head.bias.div_(temperature)
+
+
+def in_words(result: dict[str, Any], data: Labelled) -> str:
+    """The result in a line."""
+    assert data.val is not None
+    what = "mean average precision on" if data.several else "of"
+    text = f"{result['val_accuracy']:.1%} {what} {len(data.val.source)} validation pictures"
+    text += "" if data.several else " right"
+    if "best_step" in result and result.get("method") != "linear head on frozen features":
+        text += f"; the best of the epochs, step {result['best_step']} of {result['steps']}"
+    return text

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -25,6 +25,7 @@ from torch import Tensor
 from beit.atomic import write_atomically
 from beit.checkpoints import load_model
 from beit.data import ImageSource, load_ahead, open_source
+from beit.duplicates import duplicates, pixel_hash
 from beit.features import Pooling, default_layer, extract_features, layer_states, pooled, storage
 from beit.image import preprocess
 from beit.metrics import bootstrap_interval
@@ -33,13 +34,12 @@ from beit.precision import Precision, pick_device
 from beit.probe import (
     LEARNING_RATES,
     AttentiveProbe,
-    duplicates,
     few_shot,
     fit_attentive,
     fit_best_probe,
     fit_probe,
     knn_scores,
-    pixel_hash,
+    stratified_fifth,
 )
 from beit.run import CannotWrite
 
@@ -171,19 +171,6 @@ def chosen_layers(text: str, depth: int) -> list[int]:
     if max(layers) > depth:
         raise ValueError(f"layer {max(layers)} does not exist; this model has layers 0 to {depth}")
     return layers
-
-
-def stratified_fifth(labels: Sequence[int] | np.ndarray, seed: int) -> Tensor:
-    """A (n,) bool choice of a fifth of each class; classes with fewer than five give none or one."""
-    rng = np.random.default_rng(seed)
-    held_out = np.zeros(len(labels), dtype=bool)
-    array = np.array(labels)
-    for label in np.unique(array):
-        members = rng.permutation(np.flatnonzero(array == label))
-        held_out[members[: len(members) // 5]] = True
-    if not held_out.any():  # too few to hold any out of each
-        held_out[rng.permutation(len(labels))[: max(1, len(labels) // 5)]] = True
-    return torch.from_numpy(held_out)
 
 
 def prepared(

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import Cli, write_shapes
+import torch.nn.functional as F
+from conftest import ENVIRONMENT, Cli, command_line, write_shapes
+from safetensors.torch import load_file
 
+import beit.commands.finetune
 from beit.checkpoints import load
-from beit.commands.finetune import Finetune
-from beit.data import open_source
+from beit.commands.finetune import Criterion, Finetune, class_weights
+from beit.data import ImageSource, open_source
 from beit.engine import Engine
 from beit.model import VARIANTS, BeitForImageClassification
+from beit.run import read_metrics
 
 from .conftest import FINETUNE, Broken, Done, run, same_weights
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 CLASSES = ["disc", "square", "triangle"]
 
@@ -47,8 +61,8 @@ def test_the_model_has_the_classes_of_the_folders(finetuned: Done) -> None:
 
 def test_the_folder_is_as_documented(finetuned: Done) -> None:
     assert sorted(p.name for p in finetuned.folder.iterdir()) == [
-        "README.md", "checkpoints", "config.json", "metrics.jsonl", "model.safetensors",
-        "preprocessor_config.json", "run.toml",
+        "README.md", "best", "checkpoints", "config.json", "metrics.jsonl", "model.safetensors",
+        "preprocessor_config.json", "run.toml", "validation.jsonl",
     ]  # fmt: skip
     assert [line["step"] for line in finetuned.metrics] == [10, 20, 30, 40, 50]
 
@@ -144,9 +158,9 @@ def test_a_csv_of_labels_trains_and_another_validates(
 def test_without_validation_pictures_no_accuracy_is_claimed(
     shapes: Path, tmp_path: Path, short: dict[str, Any]
 ) -> None:
-    done = run(tmp_path / "run", "finetune", shapes / "train", **short)
+    done = run(tmp_path / "run", "finetune", shapes / "train", **short, val_share=0)
     assert done.result == {"steps": 6}
-    assert "validation" not in done.said
+    assert "validation pictures" not in done.said
 
 
 def test_layer_decay_slows_the_lower_layers(
@@ -234,3 +248,291 @@ def test_a_folder_with_other_things_is_kept(
     assert code == 2
     assert "is not empty and holds no run" in err
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+# --- The loop --------------------------------------------------------------------------------------
+
+MINI: dict[str, Any] = {**FINETUNE, "model": "beit_mini_patch8_32", "drop_path": 0, "steps": 6}
+
+
+def test_parts_of_a_batch_train_as_the_whole_does(shapes: Path, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", "finetune", shapes, **MINI, use_epoch="last")
+    parts = run(
+        tmp_path / "parts", "finetune", shapes, **MINI, use_epoch="last", device_batch_size=5,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    for name, tensor in whole.weights.items():
+        torch.testing.assert_close(parts.weights[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_two_processes_train_what_one_does(shapes: Path, tmp_path: Path) -> None:
+    """The augmentation of a picture does not depend on who prepares it; a mix of pictures does."""
+    options = {**MINI, "rand_augment": 9, "ema_decay": 0.9, "log_every": 1}
+    one = run(tmp_path / "one", "finetune", shapes, **options)
+    words = command_line("finetune", shapes, **options, out=tmp_path / "two")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(Path(__file__).with_name("one_of_two.py")), *words],
+        env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two = Done(tmp_path / "two", {}, done.stderr)
+    assert done.stderr.count("a fresh network, nothing is loaded") == 1
+    assert [line["step"] for line in two.metrics] == [1, 2, 3, 4, 5, 6]
+    for ours, theirs in zip(two.metrics, one.metrics, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["train_accuracy"] == pytest.approx(theirs["train_accuracy"], abs=1e-6)
+    for name, tensor in one.weights.items():
+        torch.testing.assert_close(two.weights[name], tensor, atol=5e-5, rtol=1e-3, msg=name)
+    ours, theirs = (read_metrics(d.folder / "validation.jsonl") for d in (two, one))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [3, 6]
+    assert [line["accuracy"] for line in ours] == [line["accuracy"] for line in theirs]
+
+
+def test_the_average_of_the_weights_is_validated_and_saved(shapes: Path, tmp_path: Path) -> None:
+    options = {**MINI, "use_epoch": "last", "save_every": 1, "keep_last": 10}
+    plain = run(tmp_path / "plain", "finetune", shapes, **options)
+    done = run(tmp_path / "ema", "finetune", shapes, **options, ema_decay=0.5)
+    steps = [
+        load_file(done.folder / "checkpoints" / f"step-{n:08d}" / "model.safetensors")
+        for n in range(1, 7)
+    ]
+    last = load_file(plain.folder / "checkpoints" / "step-00000006" / "model.safetensors")
+    torch.testing.assert_close(steps[-1]["head.weight"], last["head.weight"], rtol=0, atol=0)
+    first = load_file(done.folder / "checkpoints" / "step-00000001" / "ema.safetensors")["head.weight"]
+    average = first
+    for step in steps[1:]:
+        average = 0.5 * average + 0.5 * step["head.weight"]
+    torch.testing.assert_close(done.weights["classifier.weight"], average)
+    said = done.result["val_accuracy"]
+    assert said == read_metrics(done.folder / "validation.jsonl")[-1]["accuracy"]
+
+
+def test_the_best_epoch_is_kept_and_a_broken_run_keeps_the_same(
+    shapes: Path, tmp_path: Path, short: dict[str, Any], broken_run: Broken
+) -> None:
+    """At a wild rate the last epoch is not the best."""
+    options = {**short, "steps": 18, "lr": 0.05, "precision": "fp32"}
+    done = run(tmp_path / "run", "finetune", shapes, **options)
+    looks = read_metrics(done.folder / "validation.jsonl")
+    assert [look["step"] for look in looks] == [3, 6, 9, 12, 15, 18]
+    best = max(looks, key=lambda look: (look["accuracy"], -look["loss"]))
+    assert done.result["best_step"] == best["step"]
+    assert done.result["val_accuracy"] == best["accuracy"]
+    broken = broken_run(7, "finetune", shapes, **options)
+    same_weights(broken, done)
+    assert read_metrics(broken.folder / "validation.jsonl") == looks
+    last = run(tmp_path / "last", "finetune", shapes, **options, use_epoch="last")
+    assert last.result["val_accuracy"] == looks[-1]["accuracy"]
+    again = run(tmp_path / "run", "finetune", shapes, **options)  # a finished run, once more
+    assert again.result == done.result
+
+
+def test_a_step_that_is_not_finite_moves_nothing(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def spoiled(self: Criterion, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=self.smoothing)
+        return loss * math.nan if calls == 3 else loss
+
+    monkeypatch.setattr(Criterion, "__call__", spoiled)
+    options = {**MINI, "save_every": 1, "keep_last": 10, "log_every": 1, "workers": 0}
+    done = run(tmp_path / "run", "finetune", shapes, **options)
+    before, after = (
+        load_file(done.folder / "checkpoints" / f"step-0000000{n}" / "model.safetensors") for n in (2, 3)
+    )
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    assert [line["skipped"] for line in done.metrics] == [0, 0, 0, 1, 1, 1]
+    assert (done.folder / "nonfinite" / "step-00000002").is_dir()
+
+
+def test_speed_waiting_and_memory_are_logged(finetuned: Done) -> None:
+    for line in finetuned.metrics:
+        assert line["images_per_second"] > 0
+        assert line["memory_mib"] > 0
+        assert 0 <= line["data_wait_percent"] <= 100
+        assert 0 < line["mfu_percent"] < 100
+
+
+def test_losses_are_torchs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 4, generator=generator)
+    labels = torch.tensor([0, 3, 1, 1, 2])
+    one = Criterion(0.1, None, False)(logits, labels) / 5
+    torch.testing.assert_close(one, F.cross_entropy(logits, labels, label_smoothing=0.1))
+    truth = torch.rand(5, 4, generator=generator) > 0.5
+    several = Criterion(0.0, None, True)(logits, truth.float()) / 5
+    torch.testing.assert_close(several, F.binary_cross_entropy_with_logits(logits, truth.float()))
+
+
+def test_rare_classes_weigh_more_and_the_mean_stays_one(shapes: Path) -> None:
+    source = open_source(shapes)
+    labels = np.array([0] * 27 + [1] * 3)
+    weights = class_weights(ImageSource(source.paths, labels, ("a", "b")))
+    assert float(weights[1] / weights[0]) == pytest.approx(3)
+    assert float((27 * weights[0] + 3 * weights[1]) / 30) == pytest.approx(1)
+
+
+# --- What no flag says -------------------------------------------------------------------------------
+
+QUICK: dict[str, Any] = {
+    "device": "cpu",
+    "precision": "fp32",
+    "hflip": 0.0,
+    "crop_ratio": 1,
+    "workers": 0,
+}
+
+
+def settings_of(done: Done) -> dict[str, Any]:
+    return tomllib.loads((done.folder / "run.toml").read_text())
+
+
+def test_a_folder_alone_is_enough(
+    shapes: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(shapes / "train", tmp_path / "my shapes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(beit.commands.finetune, "IMAGE_PASSES", 100)
+    code, out, err = cli("finetune", "my shapes")
+    assert (code, out) == (0, "")
+    assert "no --model was named: beit_mini_patch8_32 begins from nothing" in err
+    assert "give -m beit_base_patch16_224_pt22k" in err
+    assert "6 of 36 pictures are held out" in err
+    settings = tomllib.loads((tmp_path / "my shapes.run" / "run.toml").read_text())
+    chosen = {
+        "model": "beit_mini_patch8_32", "method": "best", "batch_size": 8, "lr": 0.001,
+        "layer_decay": 1.0, "crop_scale": [0.3, 1.0], "epochs": 10, "out": "my shapes.run",
+    }  # fmt: skip
+    assert {key: settings[key] for key in chosen} == chosen
+    for name, value in chosen.items():
+        if name not in ("out", "crop_scale"):
+            assert f"{name} {value}" in err
+    with (tmp_path / "my shapes.run" / "split.csv").open(newline="") as stream:
+        parts = [row["part"] for row in csv.DictReader(stream)]
+    assert (parts.count("train"), parts.count("val")) == (30, 6)
+    assert "validation pictures right" in err
+    code, out, _ = cli("classify", tmp_path / "my shapes" / "disc" / "00.png", model="my shapes.run")
+    assert code == 0
+
+
+def test_given_settings_are_not_changed(shapes: Path, tmp_path: Path) -> None:
+    given = {"epochs": 2, "lr": 0.002, "batch_size": 4, "layer_decay": 0.9, "method": "full"}
+    done = run(tmp_path / "run", "finetune", shapes, **QUICK, **given)
+    settings = settings_of(done)
+    assert {key: settings[key] for key in given} == given
+    assert settings["crop_scale"] == [0.08, 1.0]
+    assert "class_weights" not in settings
+    assert "linear head" not in done.said
+
+
+def test_few_pictures_and_a_trained_model_give_a_head_on_frozen_features(
+    shapes: Path, tmp_path: Path, pretrained: Done
+) -> None:
+    done = run(tmp_path / "run", "finetune", shapes, **QUICK, model=pretrained.folder)
+    assert settings_of(done)["method"] == "head"
+    assert done.metrics == []
+    model, start = load(done.folder), load(pretrained.folder)
+    layer = done.result["head_layer"]
+    assert model.config.depth == layer <= 4
+    for name, tensor in model.state_dict().items():
+        if name.startswith(("blocks", "patch_embed", "cls_token")) and "bias_table" not in name:
+            assert torch.equal(tensor, start.state_dict()[name]), name
+    answers = Engine(model).logits_of(open_source(shapes, "val")).argmax(axis=1)
+    right = (answers == open_source(shapes, "val").labels).mean()
+    assert done.result["val_accuracy"] == right
+    assert done.result["val_accuracy"] > 0.5
+    again = run(tmp_path / "run", "finetune", shapes, **QUICK, model=pretrained.folder)
+    assert again.result == done.result
+
+
+def test_the_result_is_never_below_the_head_on_frozen_features(
+    shapes: Path, tmp_path: Path, pretrained: Done
+) -> None:
+    """Two steps at a rate of nothing leave a head that knows nothing."""
+    options = {**QUICK, "model": pretrained.folder, "method": "best", "steps": 2, "lr": 0, "min_lr": 0}
+    done = run(tmp_path / "run", "finetune", shapes, **options)
+    assert "the head is taken" in done.said
+    assert done.result["method"] == "linear head on frozen features"
+    assert done.result["val_accuracy"] == done.result["head_accuracy"]
+    assert done.result["head_accuracy"] > done.result["finetuned_accuracy"]
+
+
+def test_fine_tuning_that_is_better_is_taken(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**FINETUNE, "model": "beit_mini_patch8_32", "method": "best", "steps": 60}
+
+    def nothing(*_: Any) -> Any:
+        frozen = fit_head(*_)
+        torch.nn.init.zeros_(frozen.model.head.weight)
+        return frozen
+
+    fit_head = beit.commands.finetune.fit_head
+    monkeypatch.setattr(beit.commands.finetune, "fit_head", nothing)
+    done = run(tmp_path / "run", "finetune", shapes, **options)
+    assert done.result["method"] == "fine-tuned"
+    assert done.result["val_accuracy"] == done.result["finetuned_accuracy"]
+
+
+def test_the_saved_model_is_calibrated_on_the_validation_pictures(
+    tmp_path: Path, pretrained: Done
+) -> None:
+    """No other temperature fits them better, and the engine's probabilities are these."""
+    write_shapes(tmp_path / "train", 12, seed=0)
+    write_shapes(tmp_path / "val", 20, seed=1)
+    options = {**FINETUNE, "model": pretrained.folder, "steps": 15}
+    done = run(tmp_path / "run", "finetune", tmp_path, **options)
+    plain = run(tmp_path / "plain", "finetune", tmp_path, **options, no_calibrate=True)
+    assert done.result["val_accuracy"] == plain.result["val_accuracy"]
+    config = json.loads((done.folder / "config.json").read_text())
+    assert config["beit"]["provenance"]["temperature"] == done.result["temperature"]
+    val = open_source(tmp_path, "val")
+    ours, theirs = (Engine(d.folder, precision="fp32").logits_of(val) for d in (done, plain))
+    np.testing.assert_allclose(ours * done.result["temperature"], theirs, atol=1e-4)
+    truth = torch.from_numpy(val.labels)
+    losses = [float(F.cross_entropy(torch.from_numpy(ours) * t, truth)) for t in (0.9, 1.0, 1.1)]
+    assert min(losses) == losses[1]
+
+
+def test_unbalanced_classes_are_weighed_and_said_so(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beit.commands.finetune, "IMAGE_PASSES", 100)
+    shutil.copytree(shapes / "train", tmp_path / "data")
+    for number in range(4, 12):
+        (tmp_path / "data" / "disc" / f"{number:02d}.png").unlink()
+    done = run(tmp_path / "run", "finetune", tmp_path / "data", **QUICK)
+    assert settings_of(done)["class_weights"] is True
+    assert "classes have 3 to 10 pictures: rare ones count more in the loss" in done.said
+
+
+def test_a_csv_with_several_labels_trains_a_question_a_class(tmp_path: Path) -> None:
+    write_shapes(tmp_path, 16, seed=0)
+    rows = ["path,label"]
+    for shape in ("disc", "square", "triangle"):
+        for number in range(16):
+            words = [shape, *(["edges"] if shape != "disc" else ["warm"])]
+            rows.append(f"{shape}/{number:02d}.png,{';'.join(words)}")
+    (tmp_path / "some.csv").write_text("\n".join(rows) + "\n")
+    options = {**FINETUNE, "model": "beit_mini_patch8_32", "steps": 60, "mixup": 0.8, "cutmix": 1.0}
+    done = run(tmp_path / "run", "finetune", tmp_path / "some.csv", **options)
+    assert list(load(done.folder).id2label.values()) == ["disc", "edges", "square", "triangle", "warm"]
+    assert "mean average precision on 9 validation pictures" in done.said
+    assert done.result["val_accuracy"] > 0.8  # chance is about the classes' shares, 0.44
+    config = json.loads((done.folder / "config.json").read_text())
+    assert config["beit"]["provenance"]["several_labels"] is True
+
+
+def test_the_run_is_named_for_its_data() -> None:
+    name = beit.commands.finetune.run_name
+    assert name(Path("flowers/")) == "flowers"
+    assert name(Path("a/flowers.v2")) == "flowers.v2"
+    assert name(Path("labels.csv")) == "labels"
+    assert name(Path("s/train-{000..009}.tar")) == "train"
+    assert name(Path("*.tar")) == "finetune"

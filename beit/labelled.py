@@ -1,0 +1,139 @@
+"""Labelled pictures to train and to validate on, out of whatever a user has.
+
+A folder a class, lists, shards; with validation pictures of their own, beside them, or taken out of them.
+Classes are matched by name. In a .csv a picture may have several labels, with `;` between or in several
+rows: each class is then a question of its own, answered by a sigmoid, scored by average precision.
+
+Shapes: n pictures, C classes; truth int64 (n,) labels, or bool (n, C) where pictures have several.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from beit import distributed
+from beit.data import ImageSource, has_split, open_source
+from beit.split import Divided, divide, take
+
+SEPARATOR = ";"
+MANY = 5_000  # pictures; from here on a tenth of them validates, below a fifth
+
+
+class Side(NamedTuple):
+    """Pictures, and the truth about them."""
+
+    source: ImageSource  # of several labels it has the rarest of each picture
+    truth: np.ndarray
+
+    def some(self, chosen: np.ndarray) -> Side:
+        """Those of some numbers (m,)."""
+        return Side(take(self.source, chosen), self.truth[chosen])
+
+
+class Labelled(NamedTuple):
+    """What a fine-tuning learns from and is judged by."""
+
+    train: Side
+    val: Side | None
+    everything: tuple[ImageSource, ...]  # as opened: what the numbers in `divided` count through
+    divided: Divided
+    held_out: bool  # whether the validation pictures were taken from the others
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names, in the order of the logits."""
+        return self.train.source.classes
+
+    @property
+    def several(self) -> bool:
+        """Whether a picture may have several labels."""
+        return self.train.truth.ndim == 2
+
+
+def open_labelled(
+    data: Path, val: Path | None, share: float | None, seed: int, workers: int
+) -> Labelled:
+    """Open training pictures, and those to validate on: `val`, or DATA's own, or a share of each class.
+
+    share: to hold out where there are no others; a fifth, or a tenth from 5,000 pictures on, where None.
+        0 holds none out.
+    """
+    if share is not None and not 0 <= share < 1:
+        raise ValueError(f"val_share {share} is not from 0 to below 1; 0.2 is usual, 0 is none")
+    train = with_truth(open_source(data, labelled=True), data)
+    classes = train.source.classes
+    if len(classes) < 2:
+        raise ValueError(
+            f"{data} has one class ({classes[0]}); two or more are needed, each in a folder of its name"
+        )
+    if val is not None or (has_split(data, "train") and has_split(data, "val")):
+        place = val or data
+        given = with_truth(open_source(place, "val", labelled=True), place, train.truth.ndim == 2)
+        other = in_order(given, classes, place)
+        divided = distributed.on_main(lambda: divide(train.source, other.source, 0, seed, workers))
+        readable = divided.val - len(train.source)
+        if not len(readable):
+            raise ValueError(f"no picture of {place} can be read; `beit check {place}` tells why")
+        sources = train.source, other.source
+        return Labelled(train, other.some(readable), sources, divided, False)
+    if share is None:
+        share = 0.2 if len(train.source) < MANY else 0.1
+    divided = distributed.on_main(lambda: divide(train.source, None, share, seed, workers))
+    if not len(divided.val):
+        return Labelled(train, None, (train.source,), divided, False)
+    sides = train.some(divided.train), train.some(divided.val)
+    return Labelled(*sides, (train.source,), divided, True)
+
+
+def in_order(side: Side, classes: tuple[str, ...], place: Path) -> Side:
+    """The same pictures, their labels those of a model with these classes, matched by name."""
+    try:
+        source = side.source.with_classes(classes)
+    except ValueError as error:
+        raise ValueError(f"{place} and the training pictures differ: {error}") from None
+    if side.truth.ndim == 1:
+        return Side(source, source.labels)
+    truth = np.zeros((len(source), len(classes)), dtype=bool)
+    for number, name in enumerate(side.source.classes):
+        if name not in classes and side.truth[:, number].any():
+            raise ValueError(f"{place} has the label {name!r}, which the training pictures have not")
+        if name in classes:
+            truth[:, classes.index(name)] = side.truth[:, number]
+    return Side(source, truth)
+
+
+def with_truth(source: ImageSource, place: Path, always: bool = False) -> Side:
+    """A source with its labels; those of a .csv may be several a picture, or always are."""
+    if place.suffix != ".csv":
+        if always:
+            raise ValueError(
+                f"{place} has one label a picture, the training pictures several; give a .csv"
+            )
+        return Side(source, source.labels)
+    names = [source.name(i) for i in range(len(source))]
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        first.setdefault(name, i)
+    if not always and len(first) == len(names) and not any(SEPARATOR in c for c in source.classes):
+        return Side(source, source.labels)
+
+    words = [[word.strip() for word in label.split(SEPARATOR)] for label in source.classes]
+    for label, some in zip(source.classes, words, strict=True):
+        if "" in some:
+            raise ValueError(
+                f"{place} has the label {label!r}; give names with {SEPARATOR} between them"
+            )
+    classes = tuple(sorted({word for some in words for word in some}))
+    row = {name: place for place, name in enumerate(first)}
+    truth = np.zeros((len(first), len(classes)), dtype=bool)
+    for name, label in zip(names, source.labels.tolist(), strict=True):
+        truth[row[name], [classes.index(word) for word in words[label]]] = True
+    once = take(source, list(first.values()))
+    if not always and (truth.sum(axis=1) == 1).all():  # the same row twice
+        return Side(once, once.labels)
+    often = np.where(truth, truth.sum(axis=0), len(truth) + 1)
+    rarest = ImageSource(once.paths, often.argmin(axis=1).astype(np.int64), classes)
+    return Side(rarest, truth)

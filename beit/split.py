@@ -1,0 +1,193 @@
+"""A validation split for pictures that come without one: seeded, by class, duplicates on one side.
+
+A picture and its copy on both sides would make every number too good, so the split is of groups of
+duplicates. Each class gives the same share; one with a single group gives none, as it must be learned.
+
+Shapes: n pictures; labels int64 (n,), groups int64 (n,).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from beit.atomic import write_atomically
+from beit.data import Bad, ImageSource
+from beit.duplicates import SIDE, duplicates, joined, near_pairs, pixel_hash, thumbnail
+from beit.image import BadImage
+from beit.workers import load_in_processes, now_doing
+
+MOST_LOOKED_AT = 20_000  # pictures; to compare more with each other takes minutes
+CHUNK = 32  # pictures that a worker looks at at a time
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What looking at every picture of a source has shown."""
+
+    hashes: list[bytes]  # of pixels; of what cannot be read the name's
+    thumbnails: np.ndarray  # uint8 (n, 16, 16, 3)
+    sizes: np.ndarray  # int64 (n, 2) width and height; 0 where bad
+    bad: list[Bad]
+
+    def exact(self) -> list[list[int]]:
+        """Groups of pictures with the same pixels."""
+        return duplicates(self.hashes)
+
+    def near(self) -> list[list[int]]:
+        """Pairs of pictures with nearly the same pixels, those with the same included."""
+        good = np.flatnonzero(self.sizes[:, 0])
+        return good[near_pairs(self.thumbnails[good])].tolist()
+
+
+def look(source: ImageSource, workers: int) -> Looked:
+    """Decode every picture once; large JPEGs at a fraction of their size, which is enough to compare."""
+    chunks = range(-(-len(source) // CHUNK))
+
+    def some(chunk: int) -> list[tuple[bytes, np.ndarray, tuple[int, int], Bad | None]]:
+        return [look_at(source, i) for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(source)))]
+
+    seen = [one for part in load_in_processes(some, chunks, workers) for one in part]
+    hashes, thumbnails, sizes, bad = zip(*seen, strict=True)
+    return Looked(list(hashes), np.stack(thumbnails), np.array(sizes), [b for b in bad if b])
+
+
+def look_at(source: ImageSource, index: int) -> tuple[bytes, np.ndarray, tuple[int, int], Bad | None]:
+    """(hash, thumbnail, width and height, what is wrong) of a picture."""
+    name = source.name(index)
+    now_doing(name)
+    try:
+        opened = source.open(index)
+        short = min(opened.size)
+        pixels = opened.read(next((s for s in (8, 4, 2) if short // s >= 8 * SIDE), 1))
+        return pixel_hash(pixels), thumbnail(pixels), opened.size, None
+    except BadImage as error:
+        blank = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
+        return name.encode(errors="replace"), blank, (0, 0), Bad(index, name, error.code, error.reason)
+
+
+def both(one: Looked, other: Looked) -> Looked:
+    """Two sources as if they were one, the first one's pictures before the other's."""
+    moved = [bad._replace(sample=bad.sample + len(one.hashes)) for bad in other.bad]
+    return Looked(
+        one.hashes + other.hashes,
+        np.concatenate([one.thumbnails, other.thumbnails]),
+        np.concatenate([one.sizes, other.sizes]),
+        one.bad + moved,
+    )
+
+
+class Divided(NamedTuple):
+    """Pictures to train and to validate on, by number, and what was found on the way.
+
+    Numbers count through the first source and then the second, where there is one.
+    """
+
+    train: np.ndarray  # int64
+    val: np.ndarray  # int64; without those that cannot be read
+    exact: list[list[int]]  # groups with the same pixels
+    near: list[list[int]]  # groups with nearly the same, which hold the exact ones too
+    bad: list[Bad]
+    looked: Looked | None  # None where there are too many to look at
+
+    def across(self, groups: list[list[int]]) -> list[list[int]]:
+        """The groups that have pictures on both sides."""
+        train, val = set(self.train.tolist()), set(self.val.tolist())
+        return [g for g in groups if not train.isdisjoint(g) and not val.isdisjoint(g)]
+
+
+def divide(
+    source: ImageSource, val: ImageSource | None, share: float, seed: int, workers: int
+) -> Divided:
+    """Pictures to train on, and to validate on: those of `val`, else a share of each class.
+
+    Duplicates are looked for among up to 20,000 pictures.
+    """
+    count, more = len(source), 0 if val is None else len(val)
+    everything = np.arange(count + more)
+    looked = None
+    if count + more <= MOST_LOOKED_AT:
+        looked = look(source, workers)
+        looked = looked if val is None else both(looked, look(val, workers))
+    groups, exact, near = everything, [], []
+    if looked is not None:
+        exact = looked.exact()
+        groups = joined(len(groups), [*exact, *looked.near()])
+        _, number, counts = np.unique(groups, return_inverse=True, return_counts=True)
+        near = [np.flatnonzero(number == one).tolist() for one in np.flatnonzero(counts > 1)]
+    held_out = np.zeros(count + more, dtype=bool)
+    held_out[count:] = True
+    if val is None and share:
+        held_out = hold_out(source.labels, groups, share, seed)
+    bad = looked.bad if looked else []
+    unreadable = np.isin(everything, [b.sample for b in bad])
+    to_train = everything[~held_out | (unreadable & (everything < count))]
+    return Divided(to_train, everything[held_out & ~unreadable], exact, near, bad, looked)
+
+
+def hold_out(labels: np.ndarray, groups: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """(n,) bool: the pictures to validate on, about `share` of each class, never a part of a group.
+
+    A group counts as the class of its first picture. A class of two groups or more gives one at least,
+    and keeps one at least.
+    """
+    chosen = np.zeros(len(labels), dtype=bool)
+    order = np.argsort(groups, kind="stable")
+    _, begins = np.unique(groups[order], return_index=True)
+    members = np.split(order, begins[1:])
+    label_of = np.array([labels[group[0]] for group in members])
+    for label in np.unique(label_of):
+        own = np.flatnonzero(label_of == label)
+        wanted = share * sum(len(members[number]) for number in own)
+        taken = 0
+        for number in np.random.default_rng([seed, int(label), 3]).permutation(own)[:-1]:
+            if taken and taken + len(members[number]) / 2 > wanted:
+                break
+            chosen[members[number]] = True
+            taken += len(members[number])
+    return chosen
+
+
+def take(source: ImageSource, chosen: np.ndarray | Sequence[int]) -> ImageSource:
+    """Some pictures of a source, by their numbers (m,), in that order."""
+    chosen = np.asarray(chosen, dtype=np.int64)
+    places = source.paths
+    begins = np.concatenate([[0], places.ends[:-1]])
+    names = [places.text[begins[i] : places.ends[i]] for i in chosen]
+    columns = {name: getattr(places, name) for name in ("root", "start", "size")}
+    paths = replace(
+        places,
+        text=np.concatenate(names) if names else places.text[:0],
+        ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+        **{name: column[chosen] if len(column) else column for name, column in columns.items()},
+    )
+    labels = source.labels[chosen] if len(source.labels) else source.labels
+    return replace(source, paths=paths, labels=labels)
+
+
+def data_hash(sources: Sequence[ImageSource], looked: Looked | None) -> str:
+    """What sets of pictures are known by: of their names and labels, and of the pixels where looked at."""
+    digest = hashlib.blake2b(digest_size=8)
+    for source in sources:
+        digest.update("\n".join(source.classes).encode(errors="replace"))
+        digest.update(source.paths.text.tobytes() + np.ascontiguousarray(source.labels).tobytes())
+    digest.update(b"".join(looked.hashes) if looked else b"")
+    return digest.hexdigest()
+
+
+def write_split(file: Path, parts: dict[str, ImageSource]) -> None:
+    """A .csv of path, label and part, so that others can score on the same pictures."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["path", "label", "part"])
+    for part, source in parts.items():
+        for i in range(len(source)):
+            writer.writerow([source.name(i), source.classes[source.labels[i]], part])
+    write_atomically(file, text.getvalue().encode(errors="surrogateescape"))

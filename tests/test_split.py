@@ -1,0 +1,154 @@
+"""A validation split: of each class its share, the same from one seed, duplicates on one side."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_shapes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from beit.data import open_source
+from beit.split import data_hash, divide, hold_out, look, take, write_split
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 30), min_size=2, max_size=6),
+    st.floats(0.05, 0.5),
+    st.integers(0, 99),
+    st.data(),
+)
+def test_each_class_gives_its_share_and_no_group_is_cut(
+    sizes: list[int], share: float, seed: int, data: st.DataObject
+) -> None:
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    groups = np.arange(len(labels))
+    for number in range(1, len(labels)):  # some are copies of the one before
+        if labels[number] == labels[number - 1] and data.draw(st.booleans()):
+            groups[number] = groups[number - 1]
+    chosen = hold_out(labels, groups, share, seed)
+    assert np.array_equal(chosen, hold_out(labels, groups, share, seed))
+    for group in np.unique(groups):
+        assert len(set(chosen[groups == group])) == 1
+    for label, size in enumerate(sizes):
+        own = labels == label
+        different = len(np.unique(groups[own]))
+        largest = np.unique(groups[own], return_counts=True)[1].max()
+        assert not chosen[own].all()
+        assert chosen[own].any() == (different > 1)
+        if different > 1:  # one more group than fits, at most half of it too much
+            assert chosen[own].sum() <= max(share * size + largest / 2, largest)
+
+
+def test_without_duplicates_a_fifth_is_a_fifth_and_seeds_differ() -> None:
+    labels = np.repeat(np.arange(4), [50, 100, 5, 10])
+    groups = np.arange(len(labels))
+    one, other = (hold_out(labels, groups, 0.2, seed) for seed in (0, 1))
+    for chosen in (one, other):
+        assert [int(chosen[labels == label].sum()) for label in range(4)] == [10, 20, 1, 2]
+    assert not np.array_equal(one, other)
+
+
+def test_a_million_pictures_are_divided_at_once() -> None:
+    labels = np.arange(1_000_000) % 1000
+    chosen = hold_out(labels, np.arange(len(labels)), 0.1, 0)
+    assert chosen.sum() == 100_000
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """Shapes, of which some are copied: exactly, under another class, and as a JPEG."""
+    write_shapes(tmp_path / "data", 12, seed=0, size=64)
+    for number in range(4):
+        file = tmp_path / "data" / "disc" / f"{number:02d}.png"
+        shutil.copy(file, tmp_path / "data" / "disc" / f"copy-{number}.png")
+        Image.open(file).save(tmp_path / "data" / "disc" / f"jpeg-{number}.jpg", quality=90)
+    shutil.copy(tmp_path / "data" / "square" / "01.png", tmp_path / "data" / "triangle" / "wrong.png")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_planted_duplicates_never_cross_the_split(planted: Path, seed: int) -> None:
+    source = open_source(planted)
+    divided = divide(source, None, 0.25, seed, workers=0)
+    assert sorted([*divided.train, *divided.val]) == list(range(len(source)))
+    names = [[Path(source.name(i)).stem for i in group] for group in divided.exact]
+    assert sorted(map(sorted, names)) == [["00", "copy-0"], ["01", "copy-1"], ["01", "wrong"],
+                                          ["02", "copy-2"], ["03", "copy-3"]]  # fmt: skip
+    assert divided.across(divided.exact) == divided.across(divided.near) == []
+    jpegs = [i for i in range(len(source)) if "jpeg" in source.name(i)]
+    assert all(any(i in group and len(group) == 3 for group in divided.near) for i in jpegs)
+
+
+def test_exact_duplicates_across_given_splits_are_all_named(planted: Path, tmp_path: Path) -> None:
+    write_shapes(tmp_path / "val", 4, seed=9, size=64)
+    copied = {f"{n:02d}.png": tmp_path / "val" / "square" / f"leak-{n}.png" for n in (2, 5, 7, 11)}
+    for name, to in copied.items():
+        shutil.copy(planted / "square" / name, to)
+    source, val = open_source(planted), open_source(tmp_path / "val")
+    divided = divide(source, val, 0.2, 0, workers=0)
+    assert (len(divided.train), len(divided.val)) == (len(source), len(val))
+    leaks = divided.across(divided.exact)
+    names = [source.name(g[0]) for g in leaks], [val.name(g[-1] - len(source)) for g in leaks]
+    assert names == ([str(planted / "square" / n) for n in copied], [str(to) for to in copied.values()])
+
+
+def test_what_cannot_be_read_is_trained_on_or_left_out_never_validated_on(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "train", 10, seed=0)
+    write_shapes(tmp_path / "val", 3, seed=1)
+    for number in range(10):
+        (tmp_path / "train" / "disc" / f"{number:02d}.png").write_text("no picture")
+    (tmp_path / "val" / "square" / "00.png").write_text("no picture")
+    source, val = open_source(tmp_path / "train"), open_source(tmp_path / "val")
+    divided = divide(source, None, 0.2, 0, workers=2)
+    assert len(divided.bad) == 10
+    assert set(source.labels[divided.val]) == {1, 2}  # all of class 0 is for the run's budget
+    given = divide(source, val, 0.2, 0, workers=0)
+    assert len(given.val) == 8
+    assert given.bad[-1].path.endswith("val/square/00.png")
+    assert given.bad[-1].sample == len(source) + 3
+
+
+def test_some_pictures_of_a_source_are_those_pictures(shapes: Path) -> None:
+    source = open_source(shapes)
+    chosen = take(source, np.array([30, 2, 17]))
+    assert [chosen.name(i) for i in range(3)] == [source.name(i) for i in (30, 2, 17)]
+    assert chosen.labels.tolist() == source.labels[[30, 2, 17]].tolist()
+    assert np.array_equal(chosen.read(1), source.read(2))
+    assert len(take(source, [])) == 0
+
+
+def test_the_hash_of_data_changes_with_a_pixel_a_name_and_a_label(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "data", 2, seed=0)
+
+    def now() -> str:
+        source = open_source(tmp_path / "data")
+        return data_hash([source], look(source, 0))
+
+    file = tmp_path / "data" / "disc" / "00.png"
+    seen = [now()]
+    assert now() == seen[0]
+    image = np.array(Image.open(file))
+    image[0, 0, 0] ^= 1
+    Image.fromarray(image).save(file)
+    seen.append(now())
+    seen.append((file.rename(file.with_name("99.png")), now())[1])
+    seen.append((file.with_name("99.png").rename(tmp_path / "data" / "square" / "99.png"), now())[1])
+    assert len(set(seen)) == 4
+
+
+def test_the_split_is_written_with_paths_and_labels(tmp_path: Path, shapes: Path) -> None:
+    source = open_source(shapes)
+    write_split(tmp_path / "split.csv", {"train": take(source, [0, 20]), "val": take(source, [35])})
+    with (tmp_path / "split.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["label"], row["part"]) for row in rows] == [
+        ("disc", "train"), ("square", "train"), ("triangle", "val"),
+    ]  # fmt: skip
+    assert rows[2]["path"] == source.name(35)
