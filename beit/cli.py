@@ -68,6 +68,10 @@ COMMANDS = {
         "Copy a dataset into tar shards of smaller JPEGs, which a run reads faster.",
         "beit shard flowers/ flowers-256/ --short-side 256 --quality 90",
     ),
+    "bench-pretrain": (
+        "Time pre-training here, part by part, beside transformers.",
+        "beit bench-pretrain --batch-size 8",
+    ),
     "info": (
         "Tell what a model file or folder is.",
         "beit info base-224",

@@ -23,7 +23,7 @@ FLOORS = {
         "watch"},
     2: {"features", "export", "checkpoints", "data", "run", "visualize"},
     1: {"vqkd", "augment", "unpickle", "hub", "layouts", "configs", "handover", "distributed",
-        "listing", "snapshots", "flops", "duplicates"},
+        "listing", "snapshots", "flops", "duplicates", "graphs"},
     0: {"model", "relative_position", "tokenizer", "masking", "image", "metrics", "optim", "precision",
         "atomic", "recipes", "workers", "stop"},
 }  # fmt: skip
@@ -43,6 +43,7 @@ SIDEWAYS = {
     ("watch", "report"): "what was seen is told on a page",
     ("export", "features"): "an exported graph pools as features are pooled",
     ("__main__", "cli"): "`python -m beit` is `beit`",
+    ("commands.bench_pretrain", "commands.pretrain"): "it times what `pretrain` does",
     ("commands.demo", "commands.finetune"): "the demo's work is to run the other commands",
     ("commands.demo", "commands.pretrain"): "the demo's work is to run the other commands",
     ("commands.demo", "commands.probe"): "the demo's work is to run the other commands",

@@ -1,0 +1,53 @@
+"""`beit bench-pretrain` on the smallest encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Cli
+
+from beit.flops import training_flops
+from beit.model import VARIANTS
+
+from .conftest import Done
+
+PARTS = ["model", "tokenizer", "loader", "all together", "transformers fp32"]
+
+
+def test_each_part_is_timed_and_mfu_is_its_share_of_the_peak(
+    cli: Cli, shapes: Path, tokenizer: Done
+) -> None:
+    options = {"model": "beit_mini_patch8_32", "tokenizer": tokenizer.folder, "precision": "fp32"}
+    code, out, err = cli(
+        "bench-pretrain", shapes / "train", "--json", turns=2, steps=1, peak_tflops=0.5, **options
+    )
+    assert code == 0, err
+    result = json.loads(out)
+    assert list(result["parts"]) == PARTS
+    config = VARIANTS["beit_mini_patch8_32"].for_pretraining(32)
+    flops = training_flops(config, 6)  # 75 of 196 patches, of 16
+    assert result["gflop_an_image"] == pytest.approx(flops / 1e9)
+    for name, row in result["parts"].items():
+        assert 0 < row["least_ms"] <= row["ms_an_image"] <= row["most_ms"]
+        assert row["images_per_second"] == pytest.approx(1000 / row["ms_an_image"])
+        if name in ("tokenizer", "loader"):
+            assert "mfu_percent" not in row
+        else:
+            assert row["mfu_percent"] == pytest.approx(100 * row["images_per_second"] * flops / 0.5e12)
+
+
+def test_a_table_for_people(cli: Cli, tokenizer: Done) -> None:
+    code, out, _ = cli(
+        "bench-pretrain", model="beit_mini_patch8_32", tokenizer=tokenizer.folder, turns=1, steps=1
+    )
+    assert code == 0
+    for part in ("model", "tokenizer", "loader", "all together", "GFLOP an image"):
+        assert part in out
+
+
+def test_a_wrong_model_is_named(cli: Cli) -> None:
+    code, out, err = cli("bench-pretrain", model="beit_mini_patch8_23")
+    assert (code, out) == (2, "")
+    assert "did you mean beit_mini_patch8_32" in err
