@@ -50,6 +50,15 @@ def sample_mask(
     return mask
 
 
+def sample_random_mask(grid: tuple[int, int], num_masked: int, rng: np.random.Generator) -> np.ndarray:
+    """Single patches anywhere, exactly `num_masked` of them: the paper's ablation of blocks."""
+    if not 0 < num_masked < grid[0] * grid[1]:
+        raise ValueError(f"cannot mask {num_masked} of the {grid[0] * grid[1]} patches of a {grid} grid")
+    mask = np.zeros(grid, dtype=bool)
+    mask.ravel()[rng.permutation(mask.size)[:num_masked]] = True
+    return mask
+
+
 def _place_block(
     mask: np.ndarray, most: int, min_block: int, aspect: float, draws: Iterator[list[float]]
 ) -> int:

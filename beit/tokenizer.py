@@ -61,6 +61,28 @@ def check_view(images: Tensor, stride: int) -> None:
             )
 
 
+class PixelTargets(nn.Module):
+    """No tokens: a patch is guessed as pixels, each patch with its mean and deviation taken out.
+
+    The paper's ablation (its table 4), with the normalisation that MAE (arXiv 2111.06377) found better.
+    Stands where a tokenizer stands; `encode` gives (B, h, w, V) float32 of V = 3 * 8 * 8 numbers.
+    """
+
+    vocab_size, stride, view_size, can_draw = 192, 8, (112, 112), False
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] -> (B, h, w, 192): each patch's pixels, mean 0, variance 1."""
+        check_view(images, self.stride)
+        patches = F.pixel_unshuffle(images.float(), self.stride).permute(0, 2, 3, 1)
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return (patches - mean) / (variance + 1e-6).sqrt()
+
+    def decode(self, token_ids: Tensor) -> Tensor:
+        """There is no picture to give: the patches' means are gone."""
+        raise ValueError("pixel targets have no tokens to draw")
+
+
 # --- A codebook that is a moving average -----------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from beit import masking
-from beit.masking import sample_mask
+from beit.masking import sample_mask, sample_random_mask
 
 GOLDEN = Path(__file__).parent / "golden" / "masks.npz"
 DRAWS = 20_000
@@ -316,3 +316,14 @@ def test_an_impossible_mask_is_refused_with_what_is_allowed(
     arguments = {"grid": (14, 14), "num_masked": 75, **arguments}
     with pytest.raises(ValueError, match=words):
         sample_mask(rng=np.random.default_rng(0), **arguments)
+
+
+def test_random_masks_hide_each_patch_alike_and_exactly_so_many() -> None:
+    rng = np.random.default_rng(0)
+    drawn = np.stack([sample_random_mask((5, 7), 12, rng) for _ in range(4000)])
+    assert (drawn.sum(axis=(1, 2)) == 12).all()
+    assert np.abs(drawn.mean(axis=0) - 12 / 35).max() < 0.04
+    beside = (drawn[:, :, 1:] & drawn[:, :, :-1]).mean()  # blocks would hide neighbours together
+    assert beside == pytest.approx(12 / 35 * 11 / 34, abs=0.01)
+    with pytest.raises(ValueError, match="cannot mask 35 of the 35"):
+        sample_random_mask((5, 7), 35, rng)

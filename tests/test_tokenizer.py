@@ -19,6 +19,7 @@ from beit.tokenizer import (
     DalleTokenizer,
     DiscreteVAE,
     DiscreteVAEConfig,
+    PixelTargets,
     Tokenizer,
     map_pixels,
     unmap_pixels,
@@ -452,3 +453,15 @@ def test_a_few_steps_with_the_vq_quantiser_lower_the_reconstruction_error() -> N
         optimiser.step()
         errors.append(out.loss.item())
     assert errors[-1] < errors[0] / 4
+
+
+def test_pixel_targets_are_a_patchs_pixels_without_mean_and_deviation() -> None:
+    images = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    targets = PixelTargets().encode(images)
+    assert targets.shape == (2, 2, 3, 192)
+    patch = images[1, :, 8:16, 16:24].flatten().double()
+    expected = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
+    torch.testing.assert_close(targets[1, 1, 2].double(), expected, atol=1e-5, rtol=1e-5)
+    assert (PixelTargets().encode(torch.full((1, 3, 8, 8), 0.3)).abs() < 1e-3).all()
+    with pytest.raises(ValueError, match="no tokens to draw"):
+        PixelTargets().decode(torch.zeros(1, 1, 1, dtype=torch.int64))

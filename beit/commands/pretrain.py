@@ -28,13 +28,13 @@ from beit.flops import peak_flops, training_flops
 from beit.handover import hand_over
 from beit.hub import is_remote
 from beit.image import HALF, IMAGENET_MEAN, IMAGENET_STD, BadImage, OpenImage, unilm_spec
-from beit.masking import sample_mask
+from beit.masking import sample_mask, sample_random_mask
 from beit.metrics import codebook_use
 from beit.model import BeitForMaskedImageModeling, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
 from beit.run import Run
-from beit.tokenizer import DalleTokenizer, Tokenizer
+from beit.tokenizer import DalleTokenizer, PixelTargets, Tokenizer
 from beit.visualize import hide_patches, mark_patches, strip, to_bytes
 from beit.watch import Watch
 
@@ -46,7 +46,8 @@ class Pretrain:
     """Folder of pictures, tar shards, Parquet, .csv or .txt; labels are not used."""
     _: KW_ONLY
     tokenizer: Path
-    """Tokenizer folder, as `train-tokenizer` leaves it; OpenAI's encoder.pkl, or a VQ-KD file."""
+    """Tokenizer folder, as `train-tokenizer` leaves it; OpenAI's encoder.pkl, or a VQ-KD file; or the
+    word pixels, to guess the hidden patches themselves instead (the paper's ablation)."""
     out: Annotated[Path, Parameter(alias="-o")]
     """Run folder; becomes the model that `finetune -m` takes."""
     model: Annotated[str, Parameter(alias="-m")] = "beit_base_patch16_224"
@@ -63,6 +64,8 @@ class Pretrain:
     """Patches to hide; the paper's share (75 of 196) where not given."""
     min_block: int | None = None
     """Smallest block in patches; the paper's share (16 of 196) where not given."""
+    masks: Literal["blocks", "random"] = "blocks"
+    """Hide blocks of patches, or single ones anywhere (the paper's ablation)."""
     exact_masks: bool = False
     """Hide just so many, as BEiT v2 does; v1 hides at most so many."""
     epochs: PositiveInt = 800
@@ -161,7 +164,8 @@ def pretrain(settings: Pretrain) -> dict[str, float]:
 def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     """This process's share of it; returns the last logged numbers."""
     source = open_source(settings.data)
-    tokenizer = load_tokenizer(settings.tokenizer)
+    pixels = str(settings.tokenizer) == "pixels"
+    tokenizer = PixelTargets() if pixels else load_tokenizer(settings.tokenizer)
     if settings.tokenizer_fp16:
         if not isinstance(tokenizer, DalleTokenizer):
             raise ValueError(f"--tokenizer-fp16 is for DALL-E's; {settings.tokenizer} is another kind")
@@ -182,9 +186,10 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         color_jitter=settings.color_jitter,
         token_filter=settings.token_filter,
     )
-    mask_of = partial(
-        sample_mask, config.grid, num_masked, min_block=min_block, exact=settings.exact_masks
-    )
+    mask_of = partial(sample_random_mask, config.grid, num_masked)
+    if settings.masks == "blocks":
+        exact = settings.exact_masks
+        mask_of = partial(sample_mask, config.grid, num_masked, min_block=min_block, exact=exact)
     mask_of(np.random.default_rng(0))  # refuses what cannot be
     distributed.accumulation(settings.batch_size, settings.device_batch_size)  # so does this
     layers, labelled = probed(settings, config.depth)
@@ -208,7 +213,8 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     distributed.say(
         f"{run.out}: {len(source):,} pictures, {total:,} steps of {batch_size}, "
         f"{total * batch_size / len(source):.1f} epochs; {num_masked} of {height} x {width} patches "
-        f"hidden, {tokenizer.vocab_size} tokens; {distributed.size()} x {device.type} in "
+        f"hidden, {'pixels' if pixels else f'{tokenizer.vocab_size} tokens'}; "
+        f"{distributed.size()} x {device.type} in "
         f"{resolve_precision(settings.precision, device)}, peak {peak / 1e12:.3g} TFLOP/s ({peak_from}); "
         f"all settings in {run.out / 'run.toml'}"
     )
@@ -269,21 +275,20 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
                 part_loss = torch.stack([masked_loss(each, targets) for each in logits]).sum() / count
                 part_loss.backward()
             loss += part_loss.detach()
-            right += (logits[0].argmax(dim=-1) == targets).sum()
-            used += torch.bincount(token_ids.flatten(), minlength=len(used))
+            if not pixels:
+                right += (logits[0].argmax(dim=-1) == targets).sum()
+                used += torch.bincount(token_ids.flatten(), minlength=len(used))
         loss = distributed.mean(loss)
         state = update(optimizer, loss, settings.clip_grad_norm)
 
         if (step + 1) % settings.log_every == 0 or step + 1 == total:
-            run.log(
-                step + 1,
-                loss=loss.item(),
-                token_accuracy=(distributed.mean(right) / count).item(),
-                masked_ratio=count.item() / batch.masks.size,
-                target_perplexity=codebook_use(distributed.total(used).cpu().numpy()).perplexity,
-                lr=lr,
-                grad_norm=state.norm.item(),
-            )
+            line = {"loss": loss.item()}
+            if not pixels:
+                perplexity = codebook_use(distributed.total(used).cpu().numpy()).perplexity
+                line["token_accuracy"] = (distributed.mean(right) / count).item()
+                line["target_perplexity"] = perplexity
+            line["masked_ratio"] = count.item() / batch.masks.size
+            run.log(step + 1, **line, lr=lr, grad_norm=state.norm.item())
 
     look(watch, run, model, total, tokenizer.vocab_size)
     if loader.bad_images.found:
@@ -299,11 +304,13 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     whole.image_spec = spec
     distributed.on_main(lambda: save(whole, run.out, provenance))
     last = {k: v for k, v in run.read_metrics()[-1].items() if isinstance(v, (int, float))}
+    guessed = f"{last.get('token_accuracy', 0):.1%} of masked tokens guessed, chance {1 / len(used):.2%}"
+    if tokenizer.vocab_size == 8192:
+        guessed += "; about 5 % is normal for 8192 tokens"
+    if pixels:
+        guessed = "1 or less is guessing each patch's mean"
     distributed.say(
-        f"{run.out}: {total} steps, loss {last['loss']:.3f}, {last['token_accuracy']:.1%} of masked "
-        f"tokens guessed, chance {1 / tokenizer.vocab_size:.2%}"
-        + ("; about 5 % is normal for 8192 tokens" if tokenizer.vocab_size == 8192 else "")
-        + f"; see {run.out / 'report.html'}"
+        f"{run.out}: {total} steps, loss {last['loss']:.3f}, {guessed}; see {run.out / 'report.html'}"
     )
     return last
 
@@ -358,7 +365,10 @@ class MaskedLogits(nn.Module):
 
 
 def masked_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy of (M, V) logits with (M,) tokens."""
+    """Summed cross-entropy of (M, V) logits with (M,) tokens; or of guessed pixels with (M, V) pixels
+    the mean squared error, summed over patches."""
+    if targets.is_floating_point():
+        return F.mse_loss(logits.float(), targets, reduction="none").mean(dim=1).sum()
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
@@ -398,21 +408,27 @@ def expected_ranges(
     if not metrics:
         return [("steps", "0", "the untrained network")]
     last, first, now = metrics[-1], looked[0], looked[-1]
-    blind = math.log(last["target_perplexity"])
+    tokens = "token_accuracy" in last
+    blind = math.log(last["target_perplexity"]) if tokens else 1.0
     rank = next(key for key in now if key.startswith("effective_rank"))
     published = "; about 5 % at the end with DALL-E's 8,192" if vocab_size == 8192 else ""
     chance = f"above {1 / vocab_size:.2%}{published}"
     alive = f"not falling towards 1; {first[rank]:.0f} at step {first['step']}"
     waiting = f"{last.get('data_wait_percent', 0):.0f} %"
-    return [
+    rows = [
         ("steps", f"{last['step']:,}", ""),
         ("loss", f"{last['loss']:.3f}", f"below {blind:.3f}, which is guessing without looking"),
-        ("hidden tokens guessed", f"{last['token_accuracy']:.1%}", chance),
-        ("tokens in use (perplexity)", f"{last['target_perplexity']:.0f} of {vocab_size}", "steady"),
         (f"{rank.replace('_', ' ')} of {width}", f"{now[rank]:.0f}", alive),
         ("waiting for pictures", waiting, "below 5 %; else more --workers"),
         ("updates left out, not finite", f"{last.get('skipped', 0)}", "0"),
     ]
+    if tokens:
+        perplexity = f"{last['target_perplexity']:.0f} of {vocab_size}"
+        rows[2:2] = [
+            ("hidden tokens guessed", f"{last['token_accuracy']:.1%}", chance),
+            ("tokens in use (perplexity)", perplexity, "steady"),
+        ]
+    return rows
 
 
 def some_samples(
@@ -440,6 +456,9 @@ def draw_predictions(
     images = normalise(to_unit(batch.patch_views, device), model.image_spec)
     masks = torch.from_numpy(batch.masks).to(device)
     truth = tokenizer.encode(to_unit(batch.token_views, device))
+    if truth.is_floating_point():
+        sides = zip(batch.patch_views, batch.masks, strict=True)
+        return strip([[view, hide_patches(view, mask)] for view, mask in sides])
     guessed = truth.clone()
     guessed[masks] = model(images, masks).argmax(dim=-1)
     right = (guessed == truth).cpu().numpy()

@@ -223,6 +223,36 @@ def test_v2_adds_the_loss_of_the_aggregated_class_token(
     )
 
 
+def test_pixels_are_guessed_where_there_are_no_tokens(
+    shapes: Path, tmp_path: Path, short: dict[str, Any]
+) -> None:
+    """Each patch's variance is 1, or 0 where it is of one colour: what one who says its mean gets."""
+    options = {**short, "tokenizer": "pixels", "steps": 60, "num_mask_patches": 3, "min_block": 1}
+    done = run(tmp_path / "1", "pretrain", shapes / "train", **options)
+    assert 0.4 < done.metrics[0]["loss"] < 1.05
+    assert done.metrics[-1]["loss"] < 0.9 * done.metrics[0]["loss"]
+    assert not {"token_accuracy", "target_perplexity"} & done.metrics[-1].keys()
+    assert load(done.folder).config.vocab_size == 192
+    assert "1 or less is guessing each patch's mean" in done.said
+
+
+def test_random_masks_hide_single_patches(
+    shapes: Path, tmp_path: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    sample = beit.commands.pretrain.sample_random_mask
+
+    def watch(*words: Any) -> np.ndarray:
+        drawn.append(sample(*words))
+        return drawn[-1]
+
+    monkeypatch.setattr(beit.commands.pretrain, "sample_random_mask", watch)
+    options = {**short, "masks": "random", "steps": 2}
+    done = run(tmp_path / "1", "pretrain", shapes / "train", **options)
+    assert {int(mask.sum()) for mask in drawn} == {6}
+    assert done.metrics[-1]["masked_ratio"] == pytest.approx(6 / 16)
+
+
 def test_pretraining_goes_on_from_a_trained_model_at_another_size(
     shapes: Path, tmp_path: Path, short: dict[str, Any], pretrained: Done
 ) -> None:
