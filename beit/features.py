@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from beit.graphs import Embedding
 from beit.image import Source, preprocess, read_image
 from beit.model import Beit
 from beit.precision import Precision, autocast
 
 Pooling = Literal["mean", "cls", "both"]
-Embedding = Literal["mean", "cls", "tokens"]
 
 IN_MEMORY_BYTES = 2 << 30  # of features; what is more lies in a temporary file
 

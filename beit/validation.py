@@ -77,7 +77,7 @@ class Validation:
         """model: of the same shape; it is copied, as a checkpoint may be saved while one looks."""
         self.out, self.source, self.truth = out, source, truth
         watched = copy.deepcopy(model)
-        self.engine = Engine(watched, precision=precision, device=str(device), batch_size=64)
+        self.engine = Engine(watched, "torch", precision, device=str(device), batch_size=64)
         self.lines: dict[int, Line] = distributed.on_main(lambda: read_lines(out))
 
     @property

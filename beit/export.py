@@ -1,0 +1,527 @@
+"""A model as a graph file that another runtime runs, written only if it agrees with the model.
+
+The graph takes prepared pictures: resizing differs between runtimes, and `image.preprocess` is the one
+that the weights know. The file says how they were prepared. The batch is free; the size is the one asked
+for, and bias tables and positions are resized to it.
+
+int8 is post-training quantisation with pictures: weights by output channel, activations by tensor. The
+layers that cost most, each measured alone, stay as they were until the answers agree.
+
+Shapes: B batch, L patches, C classes, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from beit.atomic import flush, write_atomically
+from beit.features import embed
+from beit.graphs import (
+    SUFFIX_OF,
+    About,
+    Embedding,
+    GraphError,
+    Kind,
+    Output,
+    multiplies_bf16,
+    open_graph,
+    require,
+)
+from beit.model import Beit, BeitForImageClassification, BeitForMaskedImageModeling
+
+Target = Literal["onnx", "openvino", "torch"]
+
+TOLERANCE = 1e-4  # of the largest output, or of 1 where that is more
+OPSET = 20  # the first with Gelu
+RANK_ON = 4  # pictures on which each layer's error is measured
+TRIES = (0, 2, 6, 14, 30)  # layers kept out of int8, until it agrees
+
+
+class ExportRefused(GraphError):
+    """A graph that does not agree with its model is not written."""
+
+
+def check_output(model: Beit, output: Output) -> None:
+    """Refuse what this model does not have."""
+    if output.kind not in get_args(Kind):
+        raise ValueError(f"kind {output.kind!r} is not one of {', '.join(get_args(Kind))}")
+    if output.pooling not in get_args(Embedding):
+        raise ValueError(f"pooling {output.pooling!r} is not one of {', '.join(get_args(Embedding))}")
+    name = type(model).__name__
+    if output.kind == "classification" and not (
+        isinstance(model, BeitForImageClassification) and model.config.num_classes
+    ):
+        raise GraphError(f"{name} has no classifier; fine-tune it first, or use --kind features")
+    if output.kind == "masked" and not isinstance(model, BeitForMaskedImageModeling):
+        raise GraphError(f"{name} guesses no tokens; --kind masked is for a pre-trained model")
+    depth = model.config.depth
+    if output.layer is not None and not -depth - 1 <= output.layer <= depth:
+        raise ValueError(f"layer {output.layer} does not exist; this model has layers 0 to {depth}")
+
+
+class OutputOf(nn.Module):
+    """A model's chosen output as a module of its own.
+
+    classification: (B, C). features: (B, D), or (B, 1 + L, D) for tokens. masked: (B, L, V), all
+    patches, of pictures and a (B, L) bool mask, True = hidden.
+    """
+
+    def __init__(self, model: Beit, output: Output) -> None:
+        super().__init__()
+        check_output(model, output)
+        self.model, self.output = model, output
+
+    def forward(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+        if self.output.kind == "classification":
+            return self.model(images)
+        if self.output.kind == "features":
+            return embed(self.model, images, self.output.pooling, self.output.layer)
+        assert isinstance(self.model, BeitForMaskedImageModeling)
+        return self.model.logits(Beit.forward(self.model, images, bool_masked_pos), None)
+
+
+def export(
+    model: Beit,
+    file: Path,
+    to: Target,
+    output: Output | None = None,
+    *,
+    precision: Literal["fp32", "int8"] = "fp32",
+    pictures: Sequence[np.ndarray] = (),
+    min_agreement: float = 0.99,
+    anyway: bool = False,
+    model_sha256: str = "",
+    half_size: bool = False,
+) -> dict[str, Any]:
+    """Write a graph file, if it agrees with the model, and for int8 a report beside it.
+
+    output: what it computes; the classes where None.
+    pictures: prepared (3, H, W) float32 ones. int8 needs them: one half sets the ranges, the other half
+        is what agreement is measured on.
+    min_agreement: share of these whose best class must be the model's, for int8; where the output has no
+        classes, the lowest cosine. anyway: write int8 below it as well.
+    half_size: OpenVINO only: keep constants as float16, for a graph that computes in bf16.
+    Returns the report. Raises ExportRefused, ValueError; OSError where the place cannot be written.
+    """
+    output = output or Output()
+    if to not in get_args(Target):
+        raise ValueError(f"to {to!r} is not one of {', '.join(get_args(Target))}")
+    if file.suffix != SUFFIX_OF[to]:
+        raise ValueError(f"{file} must end in {SUFFIX_OF[to]} for {to}")
+    require(to)
+    if to == "onnx":
+        _require_module("onnxscript", "onnx")
+    if precision == "int8":
+        _check_int8(to, output, pictures)
+    model = _as_float32(model)
+    whole = OutputOf(model, output).eval()
+    about = describe(model, output, precision, model_sha256)
+    inputs = _examples(model, output, pictures)
+    expected = _run(whole, inputs)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
+        made = Path(folder) / file.name
+        with _quietly(), torch.no_grad():  # what is traced without gradients is decomposed without them
+            program = _trace(whole, inputs)
+            write = {"onnx": _write_onnx, "openvino": _write_openvino, "torch": _write_torch}[to]
+            write(program, made, about, half_size)
+        report: dict[str, Any] = {"file": file.name, "to": to, **_difference(made, inputs, expected)}
+        tolerance = 2e-3 if half_size else TOLERANCE
+        if not report["max_error"] <= tolerance * max(1.0, float(np.abs(expected).max())):
+            raise ExportRefused(
+                f"{file} was not written: its output differs from the model's by "
+                f"{report['max_error']:.2g}, where {tolerance:g} is allowed"
+            )
+        if precision == "int8":
+            made, found = _quantise(model, whole, made, about, pictures, min_agreement)
+            report |= found
+            if report["agreement"] < min_agreement and not anyway:
+                raise ExportRefused(
+                    f"{file} was not written: in int8 it agrees with the model on "
+                    f"{report['agreement']:.1%} of {report['measured_on']} pictures, below "
+                    f"{min_agreement:.0%}; give more pictures of the kind it will see, or --anyway"
+                )
+        report |= {"kind": output.kind, "precision": precision, "model_sha256": about.model_sha256}
+        _move(made, file)
+    report["bytes"] = sum(part.stat().st_size for part in _parts(file))
+    if precision == "int8":
+        content = json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n"
+        write_atomically(file.with_suffix(".json"), content)
+    return report
+
+
+def describe(model: Beit, output: Output, precision: str, model_sha256: str = "") -> About:
+    """What a graph of this model says of itself."""
+    classes = model.config.num_classes if output.kind == "classification" else 0
+    return About(
+        kind=output.kind,
+        pooling=output.pooling,
+        layer=output.layer,
+        precision=precision,
+        labels=tuple(model.id2label.get(i, str(i)) for i in range(classes)),
+        image_spec=model.image_spec,
+        config=asdict(model.config),
+        model_sha256=model_sha256 or hash_of(model),
+        made_by=f"beit {version('beit')}",
+    )
+
+
+def hash_of(model: Beit) -> str:
+    """SHA-256 of a model in memory: its tensors, sizes, classes and preparation."""
+    facts = (asdict(model.config), sorted(model.id2label.items()), asdict(model.image_spec))
+    digest = hashlib.sha256(repr((type(model).__name__, facts)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# --- Writing ---------------------------------------------------------------------------------------------
+
+
+def _as_float32(model: Beit) -> Beit:
+    held = {(p.dtype, p.device.type) for p in model.parameters()}
+    if held == {(torch.float32, "cpu")} and not model.training:
+        return model
+    return copy.deepcopy(model).to("cpu", torch.float32).eval()
+
+
+def _examples(model: Beit, output: Output, pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Three inputs to trace and to compare with: pictures where there are some, else noise."""
+    rng = np.random.default_rng(0)
+    shape = (3, model.config.in_chans, *model.config.image_height_width)
+    images = rng.standard_normal(shape, dtype=np.float32)
+    if len(pictures) >= 3:
+        images = np.stack(pictures[:3])
+    if output.kind != "masked":
+        return (images,)
+    patches = model.config.grid[0] * model.config.grid[1]
+    return images, rng.random((3, patches)) < 0.4
+
+
+def _trace(whole: nn.Module, inputs: tuple[np.ndarray, ...]) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch")
+    return torch.export.export(
+        whole,
+        tuple(map(torch.from_numpy, inputs)),
+        dynamic_shapes=tuple({0: batch} for _ in inputs),
+        strict=False,
+    )
+
+
+def _write_torch(program: Any, file: Path, about: About, half_size: bool) -> None:
+    torch.export.save(program, file, extra_files={"beit.json": about.to_json()})
+
+
+def _write_onnx(program: Any, file: Path, about: About, half_size: bool) -> None:
+    written = torch.onnx.export(
+        program, dynamo=True, verbose=False, opset_version=OPSET, output_names=["output"]
+    )
+    assert written is not None
+    graph = written.model
+    for part in (graph.graph, *graph.graph, *(v for node in graph.graph for v in node.outputs)):
+        part.metadata_props.clear()  # stack traces, with the paths of whoever wrote it
+    graph.metadata_props.clear()
+    graph.metadata_props["beit"] = about.to_json()
+    big = sum(tensor.nbytes for tensor in program.state_dict.values() if hasattr(tensor, "nbytes"))
+    if big > 1.9e9:
+        raise ValueError("the model is over 2 GB, more than one .onnx file holds; use --to openvino")
+    written.save(file)
+
+
+def _write_openvino(program: Any, file: Path, about: About, half_size: bool) -> None:
+    import openvino
+
+    graph = openvino.convert_model(program)
+    graph.set_rt_info(about.to_json(), "beit")
+    openvino.save_model(graph, file, compress_to_fp16=half_size)
+
+
+def _run(whole: nn.Module, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
+    with torch.inference_mode():
+        output: np.ndarray = whole(*map(torch.from_numpy, inputs)).numpy()
+    return output
+
+
+def _difference(file: Path, inputs: tuple[np.ndarray, ...], expected: np.ndarray) -> dict[str, float]:
+    """How far the written file is from the model, for a batch of three and for one alone."""
+    graph = open_graph(file)
+    three = graph(*inputs)
+    one = graph(*(part[:1] for part in inputs))
+    if three.shape != expected.shape:
+        raise ExportRefused(f"the graph answers {three.shape} where the model answers {expected.shape}")
+    worst = max(np.abs(three - expected).max(), np.abs(one - expected[:1]).max())
+    return {"max_error": float(worst)}
+
+
+def _parts(file: Path) -> list[Path]:
+    return [file.with_suffix(".bin"), file] if file.suffix == ".xml" else [file]
+
+
+def _move(made: Path, file: Path) -> None:
+    """Bring a whole graph to its place; the .xml, without which nobody opens the .bin, comes last."""
+    for part, place in zip(_parts(made), _parts(file), strict=True):
+        flush(part)
+        os.replace(part, place)
+
+
+def _require_module(module: str, extra: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(module) is None:
+        raise ValueError(f'this export needs {module}: pip install "beit[{extra}]"')
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """What exporters print, log and warn is about their own insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+# --- int8 ------------------------------------------------------------------------------------------------
+
+
+def _check_int8(to: Target, output: Output, pictures: Sequence[np.ndarray]) -> None:
+    if to == "torch":
+        raise ValueError("int8 is written for openvino and onnx")
+    if output.kind == "masked":
+        raise ValueError("int8 is for classification and features")
+    if len(pictures) < 8:
+        raise ValueError(
+            f"int8 is calibrated on pictures of the kind it will see: 8 or more, 256 are good; "
+            f"{len(pictures)} were given (--pictures PLACE)"
+        )
+    if to == "openvino":
+        _require_module("nncf", "openvino")
+
+
+def _quantise(
+    model: Beit,
+    whole: nn.Module,
+    exact: Path,
+    about: About,
+    pictures: Sequence[np.ndarray],
+    min_agreement: float,
+) -> tuple[Path, dict[str, Any]]:
+    """The first int8 graph that agrees, with more and more layers kept out of it, and its report.
+
+    If none does, the one that agrees best.
+    """
+    half = len(pictures) // 2
+    calibration, held_out = pictures[:half], np.stack(pictures[half:])
+    expected = np.concatenate([_run(whole, (part,)) for part in _batches(held_out)])
+    names = _linears(exact)
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    layers = [name for name in layers if name != "head" or about.kind == "classification"]
+    layers = layers[: len(names)]  # features of an early layer: the later ones are not in the graph
+    ranked: list[tuple[str, float]] = []
+    best: tuple[Path, dict[str, Any]] | None = None
+    for number, keep in enumerate(TRIES):
+        if keep > len(layers):
+            break
+        if keep and not ranked:
+            ranked = layer_errors(model, whole, layers, calibration)
+        kept = [name for name, _ in ranked[:keep]]
+        made = exact.with_name(f"{exact.stem}-{number}{exact.suffix}")
+        quantise = _quantise_openvino if exact.suffix == ".xml" else _quantise_onnx
+        with _quietly():
+            quantise(
+                exact,
+                made,
+                replace(about, precision="int8"),
+                calibration,
+                [names[layers.index(name)] for name in kept],
+            )
+        found = _compare(made, exact, held_out, expected, about.kind)
+        found |= {
+            "calibrated_on": half,
+            "kept_in_higher_precision": dict(ranked[:keep]),
+            "quantised_layers": len(layers) - keep,
+        }
+        if best is None or found["agreement"] > best[1]["agreement"]:
+            best = made, found
+        if found["agreement"] >= min_agreement and found["min_cosine"] >= 0.99:
+            best = made, found
+            break
+    assert best is not None
+    return best
+
+
+def _batches(images: np.ndarray, size: int = 8) -> list[np.ndarray]:
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+def _compare(
+    made: Path, exact: Path, images: np.ndarray, expected: np.ndarray, kind: Kind
+) -> dict[str, Any]:
+    """int8 beside the model's outputs, and beside the same graph in higher precision for its speed."""
+    graph, higher = open_graph(made, _rest(made)), open_graph(exact, _rest(exact))
+    outputs = np.concatenate([graph(part) for part in _batches(images)])
+    ours, theirs = outputs.reshape(len(images), -1), expected.reshape(len(images), -1)
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    cosine = (ours * theirs).sum(axis=1) / np.maximum(norms, 1e-12)
+    same = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
+    ms: dict[str, list[float]] = {"int8": [], _rest(exact): []}
+    for _ in range(4):  # the first of each, which allocates, is left out; in turn
+        for name, each in (("int8", graph), (_rest(exact), higher)):
+            began = time.perf_counter()
+            each(images[:1])
+            ms[name].append(1000 * (time.perf_counter() - began))
+    return {
+        "agreement": same if kind == "classification" else float(cosine.min()),
+        "agreement_is": "same best class" if kind == "classification" else "lowest cosine",
+        "min_cosine": float(cosine.min()),
+        "mean_abs_error": float(np.abs(ours - theirs).mean()),
+        "max_abs_error": float(np.abs(ours - theirs).max()),
+        "output_std": float(theirs.std()),
+        "measured_on": len(images),
+        "ms_batch_1": {name: float(np.median(times[1:])) for name, times in ms.items()},
+    }
+
+
+def _rest(file: Path) -> str:
+    """What an engine would compute the rest of a graph in."""
+    return "bf16" if file.suffix == ".xml" and multiplies_bf16() else "fp32"
+
+
+def layer_errors(
+    model: Beit, whole: nn.Module, layers: Sequence[str], pictures: Sequence[np.ndarray]
+) -> list[tuple[str, float]]:
+    """What each linear layer costs if it alone is int8: (name, root mean square error), worst first.
+
+    As the runtimes do it: weights symmetric by output channel, activations from their lowest to their
+    highest by tensor.
+    """
+    images = torch.from_numpy(np.stack(pictures[:RANK_ON]))
+    with torch.inference_mode():
+        expected = whole(images)
+        errors = {}
+        for name in layers:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            weight = layer.weight.data
+            hook = _input_of(model, name).register_forward_pre_hook(_fake_quantise_input)
+            layer.weight.data = _fake_quantise_weight(weight)
+            try:
+                errors[name] = float((whole(images) - expected).pow(2).mean().sqrt())
+            finally:
+                layer.weight.data = weight
+                hook.remove()
+    return sorted(errors.items(), key=lambda pair: -pair[1])
+
+
+def _input_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that is called with a layer's input: qkv's weight is used by its attention."""
+    return model.get_submodule(name.removesuffix(".qkv"))
+
+
+def _fake_quantise_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x = args[0]
+    low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
+    scale = max(high - low, 1e-8) / 255
+    zero = round(-low / scale)
+    return (torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255), *args[1:])
+
+
+def _fake_quantise_weight(weight: Tensor) -> Tensor:
+    scale = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12)
+    return (weight / scale).round().clamp(-127, 127) * scale
+
+
+def _linears(file: Path) -> list[str]:
+    """The names of a graph's products with weights, in the order of the model's linear layers."""
+    if file.suffix == ".xml":
+        import openvino
+
+        graph = openvino.Core().read_model(file)
+        return [node.get_friendly_name() for node in graph.get_ordered_ops() if _has_weight(node)]
+    import onnx
+
+    content = onnx.load(file, load_external_data=False)
+    weights = {tensor.name for tensor in content.graph.initializer if len(tensor.dims) == 2}
+    return [
+        node.name
+        for node in content.graph.node
+        if node.op_type in ("MatMul", "Gemm") and weights & set(node.input)
+    ]
+
+
+def _has_weight(node: Any) -> bool:
+    if node.get_type_name() != "MatMul":
+        return False
+    source = node.input_value(1).get_node()
+    while source.get_type_name() in ("Convert", "Transpose", "Multiply"):
+        source = source.input_value(0).get_node()
+    return bool(source.get_type_name() == "Constant")
+
+
+def _quantise_openvino(
+    exact: Path, made: Path, about: About, pictures: Sequence[np.ndarray], kept: list[str]
+) -> None:
+    import nncf
+    import openvino
+
+    graph = openvino.Core().read_model(exact)
+    smaller = nncf.quantize(
+        graph,
+        nncf.Dataset([picture[None] for picture in pictures]),
+        model_type=nncf.ModelType.TRANSFORMER,  # symmetric weights, activations from lowest to highest
+        subset_size=len(pictures),
+        # The pixels' own layer is under 1 % of the work, and what it loses is lost for all others.
+        ignored_scope=nncf.IgnoredScope(names=kept, types=["Convolution"]),
+    )
+    smaller.set_rt_info(about.to_json(), "beit")
+    openvino.save_model(smaller, made, compress_to_fp16=False)
+
+
+def _quantise_onnx(
+    exact: Path, made: Path, about: About, pictures: Sequence[np.ndarray], kept: list[str]
+) -> None:
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Pictures(CalibrationDataReader):  # type: ignore[misc]  # it has no types
+        waiting = iter(pictures)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            picture = next(self.waiting, None)
+            return None if picture is None else {"images": picture[None]}
+
+    wanted = set(_linears(exact)) - set(kept)
+    quantize_static(
+        exact,
+        made,
+        Pictures(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        nodes_to_quantize=sorted(wanted),
+    )
+    content = onnx.load(made)
+    del content.metadata_props[:]
+    onnx.helper.set_model_props(content, {"beit": about.to_json()})
+    onnx.save(content, made)

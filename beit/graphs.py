@@ -1,0 +1,230 @@
+"""Graph files that other runtimes run: what each says of itself, and a way to run it.
+
+    .xml with its .bin   OpenVINO     .onnx   ONNX Runtime     .pt2   torch.export
+
+A graph carries how its pictures were prepared, its class names and what it computes, as one JSON text in
+the place that its format has for such; without it a file is refused. No torch here, but for .pt2.
+
+Shapes: B batch, any; the rest is fixed in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from beit.image import ImageSpec
+
+Kind = Literal["classification", "features", "masked"]
+Embedding = Literal["mean", "cls", "tokens"]
+RUNTIME_OF = {".xml": "openvino", ".onnx": "onnx", ".pt2": "torch"}
+SUFFIX_OF = {runtime: suffix for suffix, runtime in RUNTIME_OF.items()}
+# runtime: the extra that installs it, and the module that shows that it is there.
+EXTRAS = {"openvino": ("openvino", "openvino"), "onnx": ("onnx", "onnxruntime")}
+KEY = "beit"  # of the JSON text in the file
+
+
+class GraphError(ValueError):
+    """A graph file that cannot be read, or does not hold what was asked of it."""
+
+    exit_code = 5
+
+
+@dataclass(frozen=True)
+class Output:
+    """What of a model is computed; pooling and layer of features, as in `features.embed`."""
+
+    kind: Kind = "classification"
+    pooling: Embedding = "mean"
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class About:
+    """What a graph file says of itself."""
+
+    kind: Kind
+    pooling: Embedding
+    layer: int | None
+    precision: str  # fp32 or int8: the numbers in the file
+    labels: tuple[str, ...]
+    image_spec: ImageSpec
+    config: dict[str, Any]  # of the model it was made from
+    model_sha256: str
+    made_by: str
+
+    @property
+    def output(self) -> Output:
+        """What of the model it computes."""
+        return Output(self.kind, self.pooling, self.layer)
+
+    def to_json(self) -> str:
+        """As it stands in the file."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def of_json(cls, text: str, file: Path) -> About:
+        """Read what `to_json` wrote. Raises GraphError."""
+        try:
+            content = json.loads(text)
+            spec: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in content["image_spec"].items()
+            }
+            return cls(
+                **{**content, "labels": tuple(content["labels"]), "image_spec": ImageSpec(**spec)}
+            )
+        except (TypeError, KeyError, ValueError) as error:
+            raise GraphError(f"{file}: what it says of itself cannot be read ({error})") from None
+
+
+class Graph(Protocol):
+    """A graph, ready to run. One call at a time."""
+
+    about: About
+
+    def __call__(self, *inputs: np.ndarray) -> np.ndarray:
+        """Prepared pictures (B, 3, H, W) float32, and for `masked` (B, L) bool, -> float32."""
+
+
+def is_graph(path: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a graph file."""
+    return Path(path).suffix in RUNTIME_OF
+
+
+def open_graph(file: Path, precision: str = "fp32", threads: int | None = None) -> Graph:
+    """Open a graph file. Raises GraphError for a wrong file, ValueError for a missing extra.
+
+    precision: fp32, or bf16 for what the file does not hold as int8; OpenVINO alone can choose.
+    """
+    if not file.is_file():
+        raise GraphError(f"{file} does not exist")
+    runtime = RUNTIME_OF[file.suffix]
+    require(runtime)
+    kinds: dict[str, Callable[[Path, str, int | None], Graph]]
+    kinds = {"openvino": OpenVinoGraph, "onnx": OnnxGraph, "torch": TorchGraph}
+    return kinds[runtime](file, precision, threads)
+
+
+def installed(runtime: str) -> bool:
+    """Whether a runtime can be imported."""
+    from importlib.util import find_spec
+
+    return runtime == "torch" or find_spec(EXTRAS[runtime][1]) is not None
+
+
+def require(runtime: str) -> None:
+    """Raise a ValueError with the install line where a runtime is missing."""
+    if not installed(runtime):
+        extra, module = EXTRAS[runtime]
+        raise ValueError(f'runtime {runtime} needs {module}: pip install "beit[{extra}]"')
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for bf16, so that it is faster than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return " avx512_bf16" in flags or " amx_bf16" in flags
+
+
+class OpenVinoGraph:
+    """An .xml by OpenVINO on the processor."""
+
+    def __init__(self, file: Path, precision: str, threads: int | None) -> None:
+        import openvino
+
+        core = openvino.Core()
+        try:
+            model = core.read_model(file)
+        except RuntimeError as error:
+            raise GraphError(f"{file} is no OpenVINO graph ({_last_line(error)})") from None
+        if not model.has_rt_info(KEY):
+            raise GraphError(_foreign(file))
+        self.about = About.of_json(model.get_rt_info(KEY).astype(str), file)
+        settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",  # one picture by all threads: batches come from the engine
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        }
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        self._compiled = core.compile_model(model, "CPU", settings)
+
+    def __call__(self, *inputs: np.ndarray) -> np.ndarray:
+        return np.array(self._compiled(list(inputs), share_inputs=True)[0])
+
+
+class OnnxGraph:
+    """An .onnx by ONNX Runtime on the processor."""
+
+    def __init__(self, file: Path, precision: str, threads: int | None) -> None:
+        import onnxruntime
+
+        if precision == "bf16":
+            raise ValueError(f"{file}: ONNX Runtime has no bf16 on a processor; use --precision fp32")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # its warnings are about its own choices
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
+        except Exception as error:  # its errors share no class
+            raise GraphError(f"{file} is no ONNX graph ({_last_line(error)})") from None
+        about = self._session.get_modelmeta().custom_metadata_map
+        if KEY not in about:
+            raise GraphError(_foreign(file))
+        self.about = About.of_json(about[KEY], file)
+        self._names = [value.name for value in self._session.get_inputs()]
+
+    def __call__(self, *inputs: np.ndarray) -> np.ndarray:
+        (output,) = self._session.run(None, dict(zip(self._names, inputs, strict=True)))
+        return np.asarray(output)
+
+
+class TorchGraph:
+    """A .pt2 by torch, on the processor."""
+
+    def __init__(self, file: Path, precision: str, threads: int | None) -> None:
+        import torch
+
+        if precision == "bf16":
+            raise ValueError(
+                f"{file} computes in fp32; for bf16 give the model itself, or --precision fp32"
+            )
+        held = {f"{KEY}.json": ""}
+        try:
+            program = torch.export.load(file, extra_files=held)
+        except Exception as error:  # it raises what its pickles and archives raise
+            raise GraphError(f"{file} is no torch.export file ({_last_line(error)})") from None
+        if not held[f"{KEY}.json"]:
+            raise GraphError(_foreign(file))
+        self.about = About.of_json(held[f"{KEY}.json"], file)
+        self._module = program.module()
+        if threads is not None:
+            torch.set_num_threads(threads)
+
+    def __call__(self, *inputs: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            return self._module(*map(torch.from_numpy, inputs)).numpy()
+
+
+def _foreign(file: Path) -> str:
+    return (
+        f"{file} does not say how its pictures are prepared, so it was not written by beit; "
+        f"write it anew: beit export MODEL --to {RUNTIME_OF[file.suffix]}"
+    )
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

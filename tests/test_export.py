@@ -1,0 +1,252 @@
+"""Graphs of other runtimes: equal to the model, telling what they are, refused when they are not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import beit.export
+import beit.graphs
+from beit.export import ExportRefused, OutputOf, export, layer_errors
+from beit.features import embed
+from beit.graphs import SUFFIX_OF, GraphError, Output, open_graph
+from beit.image import ImageSpec
+from beit.model import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
+
+CONFIG = BeitConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=6)
+NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
+TARGETS = ["torch", "onnx", "openvino"]
+
+
+@pytest.fixture(scope="module")
+def model() -> BeitForImageClassification:
+    model = BeitForImageClassification(CONFIG)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    model.id2label = dict(enumerate(NAMES))
+    model.image_spec = ImageSpec((32, 32), resize="squash", filter="bilinear", mean=(0.1, 0.2, 0.3))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    coarse = rng.standard_normal((80, 3, 4, 4), dtype=np.float32)
+    return coarse.repeat(8, axis=2).repeat(8, axis=3)
+
+
+@pytest.fixture(scope="module")
+def graphs(
+    model: BeitForImageClassification, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The classifier as a graph of each runtime. To be read only."""
+    found = {}
+    for to in TARGETS:
+        found[to] = tmp_path_factory.mktemp(to) / f"graph{SUFFIX_OF[to]}"
+        export(model, found[to], to)  # type: ignore[arg-type]
+    return found
+
+
+@torch.no_grad()
+def logits(model: BeitForImageClassification, images: np.ndarray) -> np.ndarray:
+    return model(torch.from_numpy(images)).numpy()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_graph_answers_as_the_model_for_any_batch_and_tells_what_it_is(
+    to: str, model: BeitForImageClassification, pictures: np.ndarray, graphs: dict[str, Path]
+) -> None:
+    graph = open_graph(graphs[to])
+    for batch in (1, 2, 7):
+        ours = graph(pictures[:batch])
+        np.testing.assert_allclose(ours, logits(model, pictures[:batch]), atol=1e-4)
+    about = graph.about
+    assert about.image_spec == model.image_spec
+    assert about.labels == tuple(NAMES)
+    assert (about.kind, about.precision) == ("classification", "fp32")
+    assert BeitConfig(**about.config) == CONFIG
+    assert about.model_sha256 == beit.export.hash_of(model)
+    left = {path.name for path in graphs[to].parent.iterdir()}
+    assert left == ({"graph.bin", "graph.xml"} if to == "openvino" else {graphs[to].name})
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_a_graph_names_no_file_of_the_machine_that_wrote_it(to: str, graphs: dict[str, Path]) -> None:
+    here = str(Path(beit.export.__file__).parent).encode()
+    assert here not in graphs[to].read_bytes()
+
+
+@pytest.mark.parametrize("output", [Output("features", "cls", 1), Output("features")])
+def test_features_of_a_layer_are_the_models(
+    output: Output, model: BeitForImageClassification, pictures: np.ndarray, tmp_path: Path
+) -> None:
+    export(model, tmp_path / "f.xml", "openvino", output)
+    with torch.no_grad():
+        expected = embed(model, torch.from_numpy(pictures[:5]), output.pooling, output.layer).numpy()
+    graph = open_graph(tmp_path / "f.xml")
+    np.testing.assert_allclose(graph(pictures[:5]), expected, rtol=1e-4, atol=1e-4)
+    assert graph.about.output == output
+
+
+def test_a_masked_model_guesses_the_tokens_of_all_patches(pictures: np.ndarray, tmp_path: Path) -> None:
+    masked = BeitForMaskedImageModeling(CONFIG.for_pretraining(11)).eval()
+    export(masked, tmp_path / "m.onnx", "onnx", Output("masked"))
+    mask = np.random.default_rng(1).random((4, 16)) < 0.5
+    ours = open_graph(tmp_path / "m.onnx")(pictures[:4], mask)
+    with torch.no_grad():
+        expected = masked(torch.from_numpy(pictures[:4]), torch.from_numpy(mask)).numpy()
+    assert ours.shape == (4, 16, 11)
+    np.testing.assert_allclose(ours[mask], expected, atol=1e-4)
+
+
+def test_half_precision_weights_and_other_inputs_do_not_change_the_model(
+    pictures: np.ndarray, tmp_path: Path
+) -> None:
+    half = BeitForImageClassification(CONFIG).to(torch.bfloat16).train()
+    export(half, tmp_path / "h.pt2", "torch")
+    assert half.training
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("to", ["torch", "openvino"])
+def test_a_graph_that_differs_is_not_written(
+    to: Any, model: BeitForImageClassification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / f"graph{SUFFIX_OF[to]}"
+    file.write_text("from before")
+    honest = beit.export._trace
+
+    def wrong(whole: OutputOf, inputs: tuple[np.ndarray, ...]) -> Any:
+        other = BeitForImageClassification(CONFIG).eval()
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            other.blocks[1].attn.relative_position_bias_table[3] += 0.5  # type: ignore[union-attr,index,operator]
+        return honest(OutputOf(other, whole.output), inputs)
+
+    monkeypatch.setattr(beit.export, "_trace", wrong)
+    with pytest.raises(ExportRefused, match="differs from the model's by"):
+        export(model, file, to)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["from before"]
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_int8_agrees_is_smaller_and_reports_what_it_costs(
+    to: Any, model: BeitForImageClassification, pictures: np.ndarray, tmp_path: Path
+) -> None:
+    file = tmp_path / f"small{SUFFIX_OF[to]}"
+    report = export(model, file, to, precision="int8", pictures=pictures, min_agreement=0.9)
+    graph = open_graph(file)
+    assert graph.about.precision == "int8"
+    ours, exact = graph(pictures[40:]), logits(model, pictures[40:])
+    agreement = (ours.argmax(axis=1) == exact.argmax(axis=1)).mean()
+    assert report["agreement"] == agreement >= 0.9
+    assert report["max_abs_error"] == pytest.approx(np.abs(ours - exact).max(), rel=0.05)
+    assert report["max_abs_error"] > 1e-4
+    assert (report["calibrated_on"], report["measured_on"]) == (40, 40)
+    assert set(report["ms_batch_1"]) >= {"int8"}
+    assert json.loads(file.with_suffix(".json").read_text()) == report
+
+
+def test_int8_below_the_agreement_asked_for_is_refused_unless_told_otherwise(
+    model: BeitForImageClassification,
+    pictures: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(beit.export, "TRIES", (0,))
+    file = tmp_path / "small.onnx"
+    loud = pictures.copy()
+    loud[:40] *= 1e-3  # ranges of pictures unlike those that it is measured on
+    with pytest.raises(ExportRefused, match=r"in int8 it agrees .* below 99%.*--anyway"):
+        export(model, file, "onnx", precision="int8", pictures=loud)
+    assert list(tmp_path.iterdir()) == []
+    report = export(model, file, "onnx", precision="int8", pictures=loud, anyway=True)
+    assert report["agreement"] < 0.99
+    assert file.exists()
+
+
+def test_the_layers_that_cost_most_are_kept_out_of_int8(
+    model: BeitForImageClassification, pictures: np.ndarray, tmp_path: Path
+) -> None:
+    spoilt = BeitForImageClassification(CONFIG).eval()
+    spoilt.load_state_dict(model.state_dict())
+    with torch.no_grad():  # one channel sets the range, the others vanish in it
+        spoilt.blocks[1].norm2.weight[0] = 3e3  # type: ignore[union-attr,index,operator]
+        spoilt.blocks[1].mlp.fc1.weight[:, 0] *= 1e-3  # type: ignore[union-attr,index,operator]
+    whole = OutputOf(spoilt, Output())
+    names = [name for name, part in spoilt.named_modules() if isinstance(part, torch.nn.Linear)]
+    ranked = layer_errors(spoilt, whole, names, pictures)
+    assert ranked[0][0] == "blocks.1.mlp.fc1"
+    assert ranked[0][1] > 3 * ranked[1][1]
+    assert torch.equal(spoilt.head.weight, model.head.weight)  # type: ignore[arg-type]
+    report = export(spoilt, tmp_path / "s.onnx", "onnx", precision="int8", pictures=pictures)
+    assert "blocks.1.mlp.fc1" in report["kept_in_higher_precision"]
+    assert report["agreement"] >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("given", "cause"),
+    [
+        ({"to": "openvino", "file": "a.onnx"}, "must end in .xml"),
+        ({"to": "coreml", "file": "a.onnx"}, "'coreml' is not one of"),
+        ({"precision": "int8"}, "8 or more.*0 were given"),
+        ({"precision": "int8", "to": "torch", "file": "a.pt2"}, "int8 is written for"),
+        ({"output": Output("masked")}, "guesses no tokens"),
+        ({"output": Output("features", "mean", 3)}, "layers 0 to 2"),
+        ({"output": Output("features", "both")}, "'both' is not one of"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_be_exported_is_named(
+    given: dict[str, Any], cause: str, model: BeitForImageClassification, tmp_path: Path
+) -> None:
+    settings = {"to": "onnx", "file": "a.onnx", **given}
+    with pytest.raises(ValueError, match=cause):
+        export(model, tmp_path / settings.pop("file"), **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("to", "module"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_a_missing_extra_is_named_with_its_install_line(
+    to: Any,
+    module: str,
+    model: BeitForImageClassification,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import importlib.util
+
+    honest = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == module else honest(name, *rest)
+    )
+    with pytest.raises(ValueError, match=rf'{module}: pip install "beit\[{to}\]"'):
+        export(model, tmp_path / f"a{SUFFIX_OF[to]}", to)
+
+
+@pytest.mark.parametrize("suffix", [".xml", ".onnx", ".pt2"])
+def test_a_file_that_is_no_graph_of_ours_is_refused(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"wrong{suffix}"
+    with pytest.raises(GraphError, match="does not exist"):
+        open_graph(file)
+    file.write_bytes(b"not a graph at all")
+    with pytest.raises(GraphError, match=f"wrong{suffix} is no "):
+        open_graph(file)
+
+
+def test_a_foreign_graph_is_refused_because_it_does_not_say_how_to_prepare_pictures(
+    graphs: dict[str, Path], tmp_path: Path
+) -> None:
+    import onnx
+
+    content = onnx.load(graphs["onnx"])
+    del content.metadata_props[:]
+    onnx.save(content, tmp_path / "a.onnx")
+    with pytest.raises(GraphError, match="does not say how its pictures are prepared"):
+        open_graph(tmp_path / "a.onnx")
