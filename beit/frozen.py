@@ -59,8 +59,8 @@ def frozen_classifier(
 
     start: has the classes of `train`; its own head is not used, and its weights are not changed.
     """
-    features = features_of(start, some_of(train, seed), candidate_layers(start.config.depth), precision,
-                           train, workers)  # fmt: skip
+    layers = candidate_layers(start.config.depth)
+    features = features_of(start, train, layers, precision, workers, some_of(train, seed))
     labels = torch.from_numpy(train.labels[features.kept])
     out = stratified_fifth(labels.numpy(), seed)
     classes, usual = len(train.classes), default_layer(start.config.depth)
@@ -105,13 +105,14 @@ def some_of(source: ImageSource, seed: int) -> np.ndarray:
 
 def features_of(
     model: Beit,
-    numbers: np.ndarray,
+    source: ImageSource,
     layers: Sequence[int],
     precision: Precision,
-    source: ImageSource,
     workers: int,
+    chosen: np.ndarray | None = None,
 ) -> Features:
-    """What a head on each of the layers would get, for some pictures of a source, by number."""
+    """What a head on each of the layers would get, for the pictures of a source or some, by number (m,)."""
+    numbers = np.arange(len(source)) if chosen is None else chosen
     kept: list[int] = []
 
     def batches() -> Iterator[Tensor]:

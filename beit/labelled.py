@@ -52,6 +52,33 @@ class Labelled(NamedTuple):
         """Whether a picture may have several labels."""
         return self.train.truth.ndim == 2
 
+    def twins(self) -> list[tuple[str, list[str]]]:
+        """Groups of pictures that are the same: what is to know of each, and their names.
+
+        Those in both parts of a given split come first, then those with two labels.
+        """
+        ends = np.cumsum([len(source) for source in self.everything])
+        exact = {number for group in self.divided.exact for number in group}
+        across = set(map(tuple, self.divided.across(self.divided.near)))
+        found = []
+        for group in self.divided.near:
+            sides = np.searchsorted(ends, group, side="right").tolist()
+            places = [
+                number - (ends[side - 1] if side else 0)
+                for number, side in zip(group, sides, strict=True)
+            ]
+            sources = [self.everything[side] for side in sides]
+            named = list(zip(sources, places, strict=True))
+            labels = {source.classes[source.labels[place]] for source, place in named}
+            notes = ["equal pixels" if exact.issuperset(group) else "nearly equal"]
+            if len(labels) > 1 and not self.several:
+                notes.insert(0, f"two labels: {', '.join(sorted(labels))}")
+            if tuple(group) in across:
+                notes.insert(0, "in both parts")
+            rank = (tuple(group) not in across, len(labels) < 2, group[0])
+            found.append((rank, "; ".join(notes), [source.name(place) for source, place in named]))
+        return [(notes, names) for _, notes, names in sorted(found)]
+
 
 def open_labelled(
     data: Path, val: Path | None, share: float | None, seed: int, workers: int

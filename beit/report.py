@@ -24,6 +24,12 @@ svg .grid { stroke: var(--line) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line) }
 td:not(:first-child), th:not(:first-child) { text-align: right }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.4rem, 1fr)); gap: .8rem;
+  margin: .9rem 0 } .tiles figure { margin: 0; overflow: hidden }
+.tiles img { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--line) }
+.tiles figcaption { font-size: .8rem; line-height: 1.3; color: var(--ink); overflow-wrap: anywhere }
+.tiles small { display: block; color: var(--soft) }
+summary { cursor: pointer; margin-top: 1rem }
 code, pre { font: 13px/1.5 ui-monospace, monospace } pre { white-space: pre-wrap; overflow-wrap: anywhere }
 """
 
@@ -56,6 +62,16 @@ class Page:
         """An image or chart element with its caption."""
         self.parts.append(f"<figure>{element}<figcaption>{html.escape(caption)}</figcaption></figure>")
 
+    def tiles(self, pictures: Sequence[tuple[str, str, str]]) -> None:
+        """Small image elements side by side, each with a line and a softer one: (element, line, line)."""
+        shown = [
+            f"<figure>{element}<figcaption>{html.escape(line)}<small>{html.escape(soft)}</small>"
+            "</figcaption></figure>"
+            for element, line, soft in pictures
+        ]
+        if shown:
+            self.parts.append(f'<div class="tiles">{"".join(shown)}</div>')
+
     def charts(self, elements: Sequence[str]) -> None:
         """Charts side by side where there is room."""
         self.parts.append('<div class="charts">' + "".join(elements) + "</div>")
@@ -63,6 +79,15 @@ class Page:
     def code(self, text: str) -> None:
         """Commands or settings, as they are."""
         self.parts.append(f"<pre>{html.escape(text)}</pre>")
+
+    def note(self, text: str) -> None:
+        """A sentence."""
+        self.parts.append(f"<p>{html.escape(text)}</p>")
+
+    def details(self, title: str, text: str) -> None:
+        """Lines that are shown when their title is clicked."""
+        shown = f"<summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre>"
+        self.parts.append(f"<details>{shown}</details>")
 
     def html(self) -> str:
         """The whole page."""

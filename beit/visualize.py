@@ -76,7 +76,7 @@ def line_chart(
     lines: dict[str, list[tuple[float, float]]], x_label: str, y_label: str, width: int = 460
 ) -> str:
     """Curves as an SVG element: {name: [(x, y), ...]}, points that are not finite left out."""
-    height, left, bottom, top, right = round(width * 0.56), 54, 40, 26, 16
+    height, left, bottom, top, right = round(width * 0.56), 60, 40, 30, 16
     clean = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         for name, points in lines.items()
@@ -107,7 +107,8 @@ def line_chart(
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
         if len(clean) > 1:
             parts.append(
-                f'<text x="{left + 8 + 130 * i}" y="{top - 6}" fill="{colour}">{html.escape(name)}</text>'
+                f'<text x="{left + 8 + 130 * i}" y="{top - 6}" style="fill:{colour}">'
+                f"{html.escape(name)}</text>"
             )
     middle = (left + width - right) / 2
     parts.append(

@@ -20,7 +20,7 @@ FLOORS = {
     5: {"cli", "__main__"},
     4: {"commands"},  # and every file in it
     3: {"engine", "probe", "report", "split", "labelled", "frozen", "validation",
-        "watch"},
+        "classifier_report", "watch"},
     2: {"features", "export", "checkpoints", "data", "run", "visualize"},
     1: {"vqkd", "augment", "unpickle", "hub", "layouts", "configs", "handover", "distributed",
         "listing", "snapshots", "flops", "duplicates", "graphs"},
@@ -39,6 +39,8 @@ SIDEWAYS = {
     ("frozen", "probe"): "the head is a linear probe",
     ("validation", "engine"): "what is watched is what is reported: the engine's answers",
     ("validation", "split"): "each process scores some of the pictures",
+    ("classifier_report", "report"): "its sections stand on the page",
+    ("classifier_report", "probe"): "a probe says which labels look wrong",
     ("watch", "probe"): "a look at a run is a probe of it",
     ("watch", "report"): "what was seen is told on a page",
     ("export", "features"): "an exported graph pools as features are pooled",

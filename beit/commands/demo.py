@@ -96,7 +96,8 @@ def demo(settings: Demo = Demo()) -> dict[str, Any]:
             tuning = Finetune(
                 train, model=start, out=tuned, crop_ratio=1.0,
                 steps=30 if tiny else 800, batch_size=50, lr=3e-3, layer_decay=1.0, drop_path=0.0,
-                crop_scale=(0.8, 1.0), method="full", val_share=0.0, **plain,
+                crop_scale=(0.8, 1.0), method="full", val_share=0.0, report=False,
+                **plain,
             )  # fmt: skip
             number += 1
             tell(number, f"fine-tune with {row['labels']} labels, {name}", tuning)
@@ -179,8 +180,9 @@ def command_line(settings: Any) -> str:
         if field.name in ("_", "overwrite") or (field.default is not MISSING and value == field.default):
             continue
         if field.name != "data":
-            words.append("--" + field.name.replace("_", "-"))
-        words += [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+            words.append("--" + "no-" * (value is False) + field.name.replace("_", "-"))
+        if not isinstance(value, bool):
+            words += [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
     return shlex.join(words)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
@@ -16,12 +18,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
 from beit.atomic import write_atomically
+from beit.classifier_report import (
+    Answers,
+    about,
+    calibration_curve,
+    confusions,
+    headline,
+    label_errors,
+    mistakes,
+    per_class,
+    same_pictures,
+    suspects_of,
+    write_label_review,
+)
 from beit.data import ImageSource, open_source
 from beit.engine import Engine
 from beit.hub import synsets
@@ -37,7 +53,10 @@ from beit.metrics import (
 )
 from beit.model import Beit
 from beit.precision import Precision
-from beit.run import CannotWrite
+from beit.probe import review_labels
+from beit.report import Page
+from beit.run import CannotWrite, describe_settings
+from beit.split import MOST_LOOKED_AT, Looked, data_hash, look
 
 MANY = 50  # classes: beyond, the table shows the worst of them and the report has no whole matrix
 
@@ -58,6 +77,8 @@ class Evaluate:
     """ImageNet's reassessed labels: a .json with a list of class numbers for each validation picture."""
     out: Annotated[Path | None, Parameter(alias="-o")] = None
     """Write all numbers to this .json as well."""
+    report: Path | None = None
+    """Write a page to this .html: confusions, calibration, the worst mistakes, labels that look wrong."""
     batch_size: PositiveInt = 64
     precision: Precision = "fp32"
     device: str = "auto"
@@ -67,8 +88,9 @@ class Evaluate:
 
 def evaluate(settings: Evaluate) -> dict[str, Any]:
     """Score a classifier on labelled pictures."""
-    if settings.out is not None and not settings.out.parent.is_dir():
-        raise CannotWrite(f"cannot write {settings.out}: {settings.out.parent} is not a folder")
+    for file in (settings.out, settings.report):
+        if file is not None and not file.parent.is_dir():
+            raise CannotWrite(f"cannot write {file}: {file.parent} is not a folder")
     engine = Engine(
         settings.model,
         "torch",
@@ -128,11 +150,50 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
             "confusion": confusion.tolist() if len(classes) <= MANY else None,
         }
         write_atomically(settings.out, json.dumps(document, default=str, indent=1).encode() + b"\n")
+    if settings.report is not None:
+        answers = Answers(source, labels, logits, classes)
+        write_page(settings.report, settings, answers, result["preset"])
     if settings.json:
         print(json.dumps(result))
     else:
         show(result, settings, confusion, classes)
     return result
+
+
+def write_page(file: Path, settings: Evaluate, answers: Answers, preset: str) -> None:
+    """The page: what is right, what is wrong, and what is wrong with the pictures."""
+    page = Page(f"{settings.model} on {settings.data}", "A classifier, scored by beit evaluate.")
+    headline(page, answers, f"Prepared as {preset}.")
+    confusions(page, answers)
+    per_class(page, answers)
+    calibration_curve(page, answers)
+    mistakes(page, answers)
+    truth = torch.from_numpy(answers.truth)
+    review = review_labels(torch.from_numpy(answers.logits).double().softmax(dim=1), truth)
+    pictures = [(answers.source, number) for number in range(len(truth))]
+    suspects = suspects_of(pictures, truth, answers.classes, review)
+    write_label_review(file.with_name("label_review.csv"), suspects)
+    label_errors(page, suspects, "Judged by the classifier itself, if it has not learned these labels.")
+    looked = None
+    if len(truth) <= MOST_LOOKED_AT:
+        looked = look(answers.source, 2)
+        same_pictures(page, same_of(answers.source, looked))
+    words = ["beit", "evaluate", str(settings.data), "-m", settings.model, "--split", settings.split]
+    words += ["--preset", settings.preset] if settings.preset else []
+    facts = {"pictures": len(truth), "data hash": data_hash([answers.source], looked)}
+    about(page, describe_settings(settings), facts, shlex.join([*words, "--report", str(file)]))
+    page.write(file)
+    print(f"the page: {file}", file=sys.stderr)
+
+
+def same_of(source: ImageSource, looked: Looked) -> list[tuple[str, list[str]]]:
+    """Groups of pictures with equal pixels, those with two labels first."""
+    groups = []
+    for group in looked.exact():
+        labels = sorted({source.classes[source.labels[i]] for i in group})
+        note = f"two labels: {', '.join(labels)}; equal pixels" if len(labels) > 1 else "equal pixels"
+        groups.append((len(labels) < 2, note, [source.name(i) for i in group]))
+    return [(note, names) for _, note, names in sorted(groups)]
 
 
 def preset_spec(model: Beit, preset: str) -> ImageSpec:

@@ -33,10 +33,26 @@ from beit.augment import (
     to_unit,
 )
 from beit.checkpoints import load_model, save
-from beit.data import ImageSource, Loader
+from beit.classifier_report import (
+    Answers,
+    about,
+    augmented,
+    calibration_curve,
+    confusions,
+    curves,
+    headline,
+    label_errors,
+    mistakes,
+    per_class,
+    same_pictures,
+    suspects_of,
+    write_label_review,
+)
+from beit.data import ImageSource, Loader, batch_at, sample_rng
 from beit.engine import Engine
+from beit.features import default_layer
 from beit.flops import peak_flops, training_flops
-from beit.frozen import FrozenClassifier, frozen_classifier
+from beit.frozen import FrozenClassifier, features_of, frozen_classifier
 from beit.handover import to_classifier
 from beit.hub import is_remote
 from beit.image import BadImage, unilm_spec
@@ -45,9 +61,12 @@ from beit.metrics import fit_temperature
 from beit.model import BeitForImageClassification, variant
 from beit.optim import EMA, adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast
-from beit.run import Run
-from beit.split import data_hash, write_split
-from beit.validation import Validation, logits_of, score
+from beit.probe import out_of_fold, review_labels
+from beit.report import Page
+from beit.run import Run, describe_settings
+from beit.split import MOST_LOOKED_AT, data_hash, write_split
+from beit.validation import Validation, logits_of, read_lines, score
+from beit.visualize import to_bytes
 
 RELEASED = "beit_base_patch16_224_pt22k"  # what is named to those who begin from nothing
 FEW = 50  # pictures a class; with fewer, frozen features and a linear head
@@ -55,6 +74,7 @@ IMAGE_PASSES = 50_000  # pictures seen in all, where neither epochs nor steps ar
 UNBALANCED = 3.0  # the largest class is so many times the smallest
 LOOKS = 50  # at the validation pictures, at most
 ENOUGH_TO_CALIBRATE = 20  # validation pictures
+MOST_TO_REVIEW = 2e8  # pictures x features x classes: a minute or so
 
 
 @Parameter(name="*")
@@ -146,6 +166,8 @@ class Finetune:
     """Those of every so many steps stay as well."""
     tensorboard: bool = False
     """Log to OUT/tensorboard too."""
+    report: Annotated[bool, Parameter(negative="--no-report")] = True
+    """Write OUT/report.html, and OUT/label_review.csv with the labels that look wrong first."""
     overwrite: bool = False
     """Begin again where the folder holds a run."""
 
@@ -192,6 +214,7 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
         final, told = the_better(frozen, tuned, data.val, device)
         result |= told
     final.eval()
+    logits = np.empty(0)
     if data.val is not None:
         logits = logits_of(scorer(final, device), data.val.source)
         if settings.calibrate and len(data.val.source) >= ENOUGH_TO_CALIBRATE:
@@ -210,6 +233,11 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
         "data_hash": data_hash(data.everything, data.divided.looked),
     }
     distributed.on_main(lambda: save(final, run.out, provenance))
+    if settings.report:
+        answers = None if data.val is None else Answers(*data.val, logits, data.classes)
+        distributed.on_main(
+            lambda: write_report(settings, data, answers, final, frozen, run, provenance)
+        )
     return result
 
 
@@ -358,7 +386,7 @@ def the_better(
 
 def scorer(model: BeitForImageClassification, device: torch.device) -> Engine:
     """What scores: the same preparation and numbers as `classify` and `evaluate` have."""
-    return Engine(model, precision="fp32", device=str(device), batch_size=64)
+    return Engine(model, "torch", "fp32", device=str(device), batch_size=64)
 
 
 # --- The loop ------------------------------------------------------------------------------------
@@ -374,17 +402,9 @@ def fit(
     """Train the model, or go on with it; leaves it with the weights that are kept."""
     assert settings.batch_size
     assert settings.lr is not None
-    assert settings.crop_scale is not None
     model.train()
     config, spec = model.config, model.image_spec
-    red, green, blue = (min(255, round(255 * value)) for value in spec.mean)
-    view = CropAndFlip(
-        config.image_height_width[0],
-        settings.crop_scale,
-        hflip=settings.hflip,
-        rand_augment=settings.rand_augment,
-        fill=(red, green, blue),
-    )
+    view = view_of(settings, model)
     rank, world = distributed.rank(), distributed.size()
     parts = distributed.accumulation(settings.batch_size, settings.device_batch_size)
     loader = Loader.of_run(
@@ -440,16 +460,7 @@ def fit(
         images = normalise(to_unit(pictures, device), spec)
         labels = truth[indices].to(device)
         step_rng = np.random.default_rng([settings.seed, step, 2, rank])
-        wanted = labels.float() if data.several else labels
-        if settings.reprob:
-            images = erase(images, settings.reprob, step_rng)
-        if settings.mixup or settings.cutmix:
-            mix = sample_mix(*config.image_height_width, settings.mixup, settings.cutmix, step_rng)
-            images = mix_images(images, mix)
-            if data.several:
-                wanted = torch.lerp(wanted.flip(0), wanted, mix.share)
-            else:
-                wanted = mix_targets(labels, config.num_classes, mix)
+        images, wanted = mixed(settings, images, labels, config.num_classes, step_rng)
         loss, right = torch.zeros(2, device=device)
         portions = zip(*(t.tensor_split(parts) for t in (images, wanted, labels)), strict=True)
         for number, (some, targets, truths) in enumerate(portions, 1):
@@ -483,6 +494,40 @@ def fit(
             result["best_step"] = watched.best
     model.load_state_dict(last, strict=False)
     return result
+
+
+def view_of(settings: Finetune, model: BeitForImageClassification) -> CropAndFlip:
+    """What is done to one picture, in a worker."""
+    assert settings.crop_scale is not None
+    red, green, blue = (min(255, round(255 * value)) for value in model.image_spec.mean)
+    return CropAndFlip(
+        model.config.image_height_width[0],
+        settings.crop_scale,
+        hflip=settings.hflip,
+        rand_augment=settings.rand_augment,
+        fill=(red, green, blue),
+    )
+
+
+def mixed(
+    settings: Finetune, images: Tensor, labels: Tensor, num_classes: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """What is done to a batch (B, 3, H, W), on its device: erasing and mixing; and what it then shows.
+
+    labels: int64 (B,), or bool (B, C). Returns the images with (B,) labels or (B, C) shares.
+    """
+    wanted = labels.float() if labels.ndim == 2 else labels
+    if settings.reprob:
+        images = erase(images, settings.reprob, rng)
+    if settings.mixup or settings.cutmix:
+        height, width = images.shape[2:]
+        mix = sample_mix(height, width, settings.mixup, settings.cutmix, rng)
+        images = mix_images(images, mix)
+        if labels.ndim == 2:
+            wanted = torch.lerp(wanted.flip(0), wanted, mix.share)
+        else:
+            wanted = mix_targets(labels, num_classes, mix)
+    return images, wanted
 
 
 @dataclass(frozen=True, eq=False)
@@ -535,3 +580,112 @@ def in_words(result: dict[str, Any], data: Labelled) -> str:
     if "best_step" in result and result.get("method") != "linear head on frozen features":
         text += f"; the best of the epochs, step {result['best_step']} of {result['steps']}"
     return text
+
+
+# --- The page ------------------------------------------------------------------------------------
+
+
+def write_report(
+    settings: Finetune,
+    data: Labelled,
+    answers: Answers | None,
+    final: BeitForImageClassification,
+    frozen: FrozenClassifier | None,
+    run: Run,
+    provenance: dict[str, Any],
+) -> None:
+    """report.html in the run folder, and the list of labels to review."""
+    name = run.out.resolve().name
+    page = Page(name, f"A classifier of {len(data.classes)} classes, made by beit finetune.")
+    if answers is not None:
+        chosen = (
+            "the epoch, the temperature or the method was chosen on them, which flatters it a little"
+        )
+        headline(page, answers, f"On {len(answers.truth)} validation pictures; {chosen}.")
+    looks = read_lines(run.out)
+    kept = provenance.get("best_step") if frozen is None or final is not frozen.model else None
+    curves(page, run.read_metrics(), looks, kept, data.several)
+    if answers is not None:
+        confusions(page, answers)
+        per_class(page, answers)
+        calibration_curve(page, answers, "The temperature was fitted to these pictures.")
+        mistakes(page, answers)
+    if not data.several:
+        review(settings, data, final, frozen, run, page)
+    if data.divided.looked is not None:
+        same_pictures(page, data.twins())
+    if settings.method != "head":
+        augmented(page, seen_in_training(settings, data, final))
+    pictures = (
+        f"{len(data.train.source)} to train on, {len(answers.truth) if answers else 0} to validate on"
+    )
+    facts = {"pictures": pictures, "data hash": provenance["data_hash"]}
+    about(
+        page,
+        describe_settings(settings),
+        facts,
+        f"beit finetune {settings.data} --config {run.out / 'run.toml'} --out again.run",
+    )
+    page.write(run.out / "report.html")
+    distributed.say(f"the page: {run.out / 'report.html'}")
+
+
+def review(
+    settings: Finetune,
+    data: Labelled,
+    final: BeitForImageClassification,
+    frozen: FrozenClassifier | None,
+    run: Run,
+    page: Page,
+) -> None:
+    """Which labels look wrong to a linear probe that has not seen them; listed, and the first ones shown.
+
+    The features are the frozen ones where there are such, as a trained network may know its labels.
+    """
+    model = final if frozen is None else frozen.model
+    layer = default_layer(model.config.depth) if frozen is None else frozen.layer
+    sources = [data.train.source] if data.val is None else [data.train.source, data.val.source]
+    count = sum(map(len, sources))
+    if count > MOST_LOOKED_AT or count * model.config.embed_dim * len(data.classes) > MOST_TO_REVIEW:
+        page.section("Labels that may be wrong", "Not looked for: there are too many pictures.")
+        return
+    found = [
+        features_of(model, source, [layer], settings.precision, settings.workers)
+        for source in sources[frozen is not None :]
+    ]
+    if frozen is not None:
+        found.insert(0, frozen.features)
+    pictures = [(s, int(i)) for s, f in zip(sources, found, strict=True) for i in f.kept]
+    features = torch.cat([f.layers[layer] for f in found])
+    labels = torch.tensor([int(source.labels[i]) for source, i in pictures])
+    probability = out_of_fold(features, labels, len(data.classes), seed=settings.seed)
+    suspects = suspects_of(pictures, labels, data.classes, review_labels(probability, labels), features)
+    right = float((probability.argmax(dim=1) == labels).double().mean())
+    write_label_review(run.out / "label_review.csv", suspects)
+    kind = "frozen" if frozen is not None else "trained"
+    label_errors(
+        page,
+        suspects,
+        f"Judged by a linear probe on {kind} features, which is right for {right:.1%} of the labels that "
+        "it has not seen.",
+    )
+
+
+def seen_in_training(
+    settings: Finetune, data: Labelled, model: BeitForImageClassification
+) -> list[np.ndarray]:
+    """Pictures of the first batch as the network saw them, uint8 (img_size, img_size, 3)."""
+    assert settings.batch_size
+    source, view, pictures, labels = data.train.source, view_of(settings, model), [], []
+    for epoch, index in batch_at(0, len(source), settings.batch_size, settings.seed)[:16]:
+        with suppress(BadImage):
+            pictures.append(view(source.open(index), sample_rng(settings.seed, epoch, index)))
+            labels.append(data.train.truth[index])
+    if not pictures:
+        return []
+    spec = model.image_spec
+    images = normalise(to_unit(pictures, torch.device("cpu")), spec)
+    rng = np.random.default_rng([settings.seed, 0, 2])
+    images, _ = mixed(settings, images, torch.from_numpy(np.array(labels)), len(data.classes), rng)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+    return list(to_bytes(images * std + mean))

@@ -389,3 +389,24 @@ def test_scores_do_not_depend_on_who_asks(finetuned: Done, shapes: Path) -> None
     result = evaluate(Evaluate(shapes, model=str(finetuned.folder), json=True))
     assert result["top1"] == finetuned.result["val_accuracy"]
     assert Engine(finetuned.folder, "torch", "fp32").labels == ["disc", "square", "triangle"]
+
+
+def test_the_page_says_what_the_numbers_say(
+    cli: Cli, finetuned: Done, noisy: Path, tmp_path: Path
+) -> None:
+    code, out, err = cli(
+        "evaluate", noisy, model=finetuned.folder, json=True, report=tmp_path / "page.html"
+    )
+    result = json.loads(out)
+    assert code == 0
+    assert f"the page: {tmp_path / 'page.html'}" in err
+    page = (tmp_path / "page.html").read_text()
+    assert f"<td>{result['top1']:.1%}</td>" in page
+    assert f"The mean distance is {result['ece']:.1%}" in page
+    for one, other, often in result["most_confused"]:
+        assert f"<title>{one}, answered {other}: {often}</title>" in page
+    rows = (tmp_path / "label_review.csv").read_text().splitlines()
+    assert len(rows) == 1 + result["pictures"]
+    code, _, err = cli("evaluate", noisy, model=finetuned.folder, report="/nowhere/page.html")
+    assert code == 6
+    assert "cannot write /nowhere/page.html" in err

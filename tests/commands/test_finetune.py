@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,8 +64,8 @@ def test_the_model_has_the_classes_of_the_folders(finetuned: Done) -> None:
 
 def test_the_folder_is_as_documented(finetuned: Done) -> None:
     assert sorted(p.name for p in finetuned.folder.iterdir()) == [
-        "README.md", "best", "checkpoints", "config.json", "metrics.jsonl", "model.safetensors",
-        "preprocessor_config.json", "run.toml", "validation.jsonl",
+        "README.md", "best", "checkpoints", "config.json", "label_review.csv", "metrics.jsonl",
+        "model.safetensors", "preprocessor_config.json", "report.html", "run.toml", "validation.jsonl",
     ]  # fmt: skip
     assert [line["step"] for line in finetuned.metrics] == [10, 20, 30, 40, 50]
 
@@ -536,3 +539,60 @@ def test_the_run_is_named_for_its_data() -> None:
     assert name(Path("labels.csv")) == "labels"
     assert name(Path("s/train-{000..009}.tar")) == "train"
     assert name(Path("*.tar")) == "finetune"
+
+
+# --- The page ----------------------------------------------------------------------------------------
+
+
+def test_the_page_is_whole_small_and_needs_no_network(finetuned: Done) -> None:
+    page = (finetuned.folder / "report.html").read_text()
+    for section in (
+        "Result", "Curves", "Confusions", "Classes", "Calibration", "The worst mistakes",
+        "Labels that may be wrong", "Pictures that are there twice", "A batch as the network saw it",
+        "How it was made", "All settings",
+    ):  # fmt: skip
+        assert f">{section}<" in page, section
+    assert f"<td>{finetuned.result['val_accuracy']:.1%}</td>" in page
+    assert len(page) < 5_000_000
+    assert "<script" not in page
+    assert not set(re.findall(r"https?://[^\s\"']+", page)) - {"http://www.w3.org/2000/svg"}
+    config = json.loads((finetuned.folder / "config.json").read_text())
+    assert config["beit"]["provenance"]["data_hash"] in page
+    assert "lr = 0.002" in page
+
+
+def test_the_command_on_the_page_does_it_again(shapes: Path, tmp_path: Path, cli: Cli) -> None:
+    done = run(tmp_path / "run", "finetune", shapes, **{**MINI, "steps": 3})
+    page = (done.folder / "report.html").read_text()
+    words = shlex.split(html.unescape(re.findall(r"<pre>(beit finetune .*?)</pre>", page)[0]))
+    code, _, err = cli(*words[1:-1], tmp_path / "again")
+    assert code == 0, err
+    same_weights(done, Done(tmp_path / "again", {}, ""))
+
+
+def test_planted_copies_and_wrong_labels_are_on_the_page(
+    shapes: Path, tmp_path: Path, pretrained: Done
+) -> None:
+    shutil.copytree(shapes, tmp_path / "data")
+    for number in range(3):  # copies in both parts
+        name = tmp_path / "data" / "train" / "disc" / f"{number:02d}.png"
+        shutil.copy(name, tmp_path / "data" / "val" / "disc" / f"leak-{number}.png")
+    for name in ("05", "06"):  # discs among the squares
+        wrong = tmp_path / "data" / "train" / "square" / f"wrong-{name}.png"
+        (tmp_path / "data" / "train" / "disc" / f"{name}.png").rename(wrong)
+    done = run(tmp_path / "run", "finetune", tmp_path / "data", **QUICK, model=pretrained.folder)
+    page = (done.folder / "report.html").read_text()
+    for number in range(3):
+        assert f"disc/{number:02d}.png</td><td>disc/leak-{number}.png</td><td>in both parts" in page
+    with (done.folder / "label_review.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 36 + 18
+    found = [place for place, row in enumerate(rows) if "wrong-" in row["path"]]
+    assert max(found) < 6
+    assert {rows[place]["suggested"] for place in found} == {"disc"}
+
+
+def test_no_report_writes_none(shapes: Path, tmp_path: Path) -> None:
+    done = run(tmp_path / "run", "finetune", shapes, **MINI, no_report=True)
+    assert not (done.folder / "report.html").exists()
+    assert not (done.folder / "label_review.csv").exists()
