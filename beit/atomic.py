@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -26,6 +28,18 @@ def write_together(folder: Path, contents: dict[str, bytes]) -> None:
     finally:
         for left in beside.values():
             left.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A place beside a file, to be written in whatever way; it takes the file's place if all goes well."""
+    beside = file.parent / f".{file.name}.{os.getpid()}"
+    try:
+        yield beside
+        flush(beside)
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

@@ -60,6 +60,10 @@ COMMANDS = {
         "Convert a model between the formats of transformers, timm and unilm.",
         "beit convert beit_base_patch16_224_pt22k_ft22kto1k.pth base-224",
     ),
+    "export": (
+        "Write a model as a graph for OpenVINO, ONNX Runtime or torch.export; int8 too.",
+        "beit export flowers.run --to openvino --precision int8 --pictures flowers/train",
+    ),
     "check": (
         "Read every picture of a dataset once, and tell what would trouble a run.",
         "beit check flowers/",

@@ -4,38 +4,52 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
+import numpy as np
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from beit.data import list_pictures, open_source
-from beit.engine import Engine, Prediction
-from beit.precision import Precision
-from beit.run import CannotWrite
+from beit.atomic import replacing
+from beit.data import ImageSource, open_source
+from beit.engine import Engine, Entry, Picture, Precision, Prediction, Runtime
+from beit.listing import exists, expand, is_folder, list_folder
+
+ENDINGS = (".csv", ".jsonl", ".parquet")
+ROWS = 4096  # of a Parquet file, written at once
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Classify:
-    images: Annotated[list[Path], Parameter(consume_multiple=True)]
-    """Pictures, folders of them, or a .txt or .csv that lists them."""
+    images: Annotated[list[str], Parameter(consume_multiple=True, allow_leading_hyphen=True)]
+    """Pictures, folders, patterns such as 'a/*.jpg', tar or Parquet shards, a .txt or .csv that lists
+    pictures, or - for such a list on stdin."""
     _: KW_ONLY
     model: Annotated[str, Parameter(alias="-m")]
-    """Model folder or file, hub:owner/name, or a name that `beit models` lists."""
+    """Model folder or file, hub:owner/name, a name that `beit models` lists, or a file of `beit export`."""
     top: PositiveInt = 5
     """Classes to name for each picture."""
     out: Annotated[Path | None, Parameter(alias="-o")] = None
-    """Write to this .csv or .jsonl instead."""
+    """Write to this .csv, .jsonl or .parquet instead."""
     json: bool = False
     """Print one JSON object a picture."""
     batch_size: PositiveInt = 16
+    runtime: Runtime = "auto"
+    """What computes; auto is the fastest here that agrees with torch, measured once a model."""
     precision: Precision = "auto"
+    """auto is bf16 where the processor has it; int8 is for files of `beit export`."""
+    threads: PositiveInt | None = None
+    """Of the model; the runtime's choice if not given."""
     device: str = "auto"
+    verbose: bool = False
+    """Say which runtime computes, and why."""
 
 
 class SomeSkipped(Exception):
@@ -44,77 +58,208 @@ class SomeSkipped(Exception):
     exit_code = 3
 
 
+class CannotWrite(Exception):
+    """The place asked for cannot be written; `run` has another, and waits for torch."""
+
+    exit_code = 6
+
+
 def classify(settings: Classify) -> None:
     """Classify pictures."""
-    if settings.out is not None and settings.out.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"--out {settings.out} must end in .csv or .jsonl")
-    if settings.out is not None and not settings.out.parent.is_dir():
-        raise CannotWrite(f"cannot write {settings.out}: {settings.out.parent} is not a folder")
-    pictures = list(find_pictures(settings.images))
+    out = settings.out
+    if out is not None and out.suffix not in ENDINGS:
+        raise ValueError(f"--out {out} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+    if out is not None and not out.parent.is_dir():
+        raise CannotWrite(f"cannot write {out}: {out.parent} is not a folder")
+    if out is not None and out.suffix == ".parquet":
+        _need_pyarrow(out)
+    places = find_pictures(settings.images)
     engine = Engine(
         settings.model,
-        precision=settings.precision,
+        settings.runtime,
+        settings.precision,
+        settings.threads,
         device=settings.device,
         batch_size=settings.batch_size,
     )
-    predictions = engine.classify(pictures, settings.top)
-    if settings.out is not None:
-        with settings.out.open("w", newline="") as stream:
-            write = write_csv if settings.out.suffix == ".csv" else write_jsonl
-            failed = write(predictions, stream)
-        print(f"{len(pictures)} pictures classified into {settings.out}", file=sys.stderr)
+    if settings.verbose:
+        print(f"{engine.runtime} {engine.precision}: {engine.why}", file=sys.stderr)
+    answers = engine.classify(each_picture(places), settings.top)
+    if out is not None:
+        with WRITERS[out.suffix](out) as write:
+            done, failed = write_all(answers, write)
+        print(f"{done} pictures classified into {out}", file=sys.stderr)
     elif settings.json:
-        failed = write_jsonl(predictions, sys.stdout)
+        done, failed = write_all(answers, lambda answer: print_json(answer, sys.stdout))
+    elif sys.stdout.isatty():
+        done, failed = write_table(answers)
     else:
-        failed = write_words(predictions, sys.stdout)
+        done, failed = write_all(answers, lambda answer: print_words(answer, sys.stdout))
     if failed:
-        raise SomeSkipped(f"{failed} of {len(pictures)} pictures could not be read")
+        raise SomeSkipped(f"{failed} of {done} pictures could not be read")
 
 
-def find_pictures(places: list[Path]) -> Iterator[Path]:
-    """The pictures named, in order; folders and lists opened."""
+# --- Pictures ------------------------------------------------------------------------------------
+
+
+def find_pictures(places: list[str]) -> list[ImageSource | str]:
+    """What the places name, in order: sources, whose pictures are listed now, paths, and - for stdin.
+
+    A missing file is an answer with an error later, unless nothing that was named exists.
+    """
+    found: list[ImageSource | str] = []
     for place in places:
-        if place.is_dir():
-            below = list_pictures(place)
-            if not below:
-                raise ValueError(f"{place} holds no pictures")
-            yield from below
-        elif place.suffix in (".txt", ".csv"):
-            yield from open_source(place).paths
-        elif place.exists():
-            yield place
+        if place == "-":
+            found.append(place)
+        elif place.startswith("-") and not exists(place):  # what cyclopts lets pass for the sake of -
+            raise ValueError(f"{place} is no setting of classify; `beit classify --help` tells them")
+        elif exists(place) and is_folder(place):
+            pictures = list_folder(place).places  # all of them, whatever split they are in
+            nothing = np.empty(0, dtype=np.int64)
+            found.append(ImageSource(pictures, nothing, ()) if len(pictures) else open_source(place))
+        elif place.endswith((".txt", ".csv", ".tar", ".parquet")) and not _is_pattern(place):
+            found.append(open_source(place))
+        elif _is_pattern(place):
+            matched = expand(place)
+            if not matched:
+                raise ValueError(f"{place} matches no file")
+            found += find_pictures(matched)
         else:
-            raise ValueError(f"{place} does not exist")
+            found.append(place)
+    files = [place for place in found if isinstance(place, str)]
+    if files and len(files) == len(found) and not any(p == "-" or exists(p) for p in files):
+        more = f", nor do {len(files) - 1} others" if len(files) > 1 else ""
+        raise ValueError(f"{files[0]} does not exist{more}")
+    return found
 
 
-def write_words(predictions: Iterable[Prediction], stream: TextIO) -> int:
-    """A line a picture, for people; returns how many could not be read."""
-    failed = 0
-    for prediction in predictions:
-        failed += prediction.error is not None
-        ranked = "  ".join(f"{name} {score:.1%}" for name, score in prediction.top)
-        print(f"{prediction.path}  {prediction.error or ranked}", file=stream, flush=True)
-    return failed
+def each_picture(places: list[ImageSource | str]) -> Iterator[Picture]:
+    """The pictures, one after the other, as they are asked for."""
+    for place in places:
+        if isinstance(place, ImageSource):
+            yield from (Entry(place, index) for index in range(len(place)))
+        elif place == "-":
+            yield from filter(None, (line.rstrip("\r\n") for line in sys.stdin))
+        else:
+            yield place
 
 
-def write_jsonl(predictions: Iterable[Prediction], stream: TextIO) -> int:
-    """One JSON object a picture."""
-    failed = 0
-    for prediction in predictions:
-        failed += prediction.error is not None
-        answer = prediction.to_dict()
-        del answer["ms"]  # the same pictures give the same lines
-        print(json.dumps(answer, ensure_ascii=False), file=stream, flush=True)
-    return failed
+def _is_pattern(place: str) -> bool:
+    return re.search(r"[*?{[]", place) is not None and not exists(place)
 
 
-def write_csv(predictions: Iterable[Prediction], stream: TextIO) -> int:
+# --- Answers -------------------------------------------------------------------------------------
+
+Write = Callable[[Prediction], Any]
+
+
+def write_all(answers: Iterator[Prediction], write: Write) -> tuple[int, int]:
+    """Write each answer as it comes; how many there were, and how many of them errors."""
+    done = failed = 0
+    for answer in answers:
+        write(answer)
+        done, failed = done + 1, failed + (answer.error is not None)
+    return done, failed
+
+
+def print_words(answer: Prediction, stream: TextIO) -> None:
+    """A line for people."""
+    ranked = "  ".join(f"{name} {score:.1%}" for name, score in answer.top)
+    print(f"{answer.path}  {answer.error or ranked}", file=stream, flush=True)
+
+
+def print_json(answer: Prediction, stream: TextIO) -> None:
+    """One JSON object; without the time, so that the same pictures give the same lines."""
+    content = answer.to_dict()
+    del content["ms"]
+    print(json.dumps(content, ensure_ascii=False), file=stream, flush=True)
+
+
+def write_table(answers: Iterator[Prediction]) -> tuple[int, int]:
+    """A table on a terminal, a screen of rows at a time, so that any number of pictures fits."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    done = failed = 0
+    table: Table | None = None
+    for answer in answers:
+        if table is None:
+            table = Table()
+            table.add_column("picture", overflow="fold")
+            table.add_column("is", overflow="fold")
+            table.add_column("score", justify="right", no_wrap=True)
+            table.add_column("or", overflow="fold")
+        failed += answer.error is not None
+        others = ", ".join(f"{name} {score:.1%}" for name, score in answer.top[1:])
+        score = "" if answer.score is None else f"{answer.score:.1%}"
+        what = Text(answer.error, "red") if answer.error else Text(str(answer.label))
+        table.add_row(Text(answer.path), what, score, Text(others))
+        done += 1
+        if table.row_count >= 40:
+            console.print(table)
+            table = None
+    if table is not None:
+        console.print(table)
+    return done, failed
+
+
+@contextmanager
+def csv_writer(file: Path) -> Iterator[Write]:
     """path, label, score, error; in the order of the pictures."""
-    failed = 0
-    writer = csv.writer(stream)
-    writer.writerow(["path", "label", "score", "error"])
-    for prediction in predictions:
-        failed += prediction.error is not None
-        row: list[Any] = [prediction.path, prediction.label, prediction.score, prediction.error]
-        writer.writerow(row)
-    return failed
+    with replacing(file) as beside, beside.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["path", "label", "score", "error"])
+        yield lambda a: writer.writerow([a.path, a.label, a.score, a.error])
+
+
+@contextmanager
+def jsonl_writer(file: Path) -> Iterator[Write]:
+    """What --json prints."""
+    with replacing(file) as beside, beside.open("w", encoding="utf-8") as stream:
+        yield lambda answer: print_json(answer, stream)
+
+
+@contextmanager
+def parquet_writer(file: Path) -> Iterator[Write]:
+    """path, label, score, error, and the lists top_labels and top_scores."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = pa.schema(
+        [
+            ("path", pa.string()),
+            ("label", pa.string()),
+            ("score", pa.float32()),
+            ("error", pa.string()),
+            ("top_labels", pa.list_(pa.string())),
+            ("top_scores", pa.list_(pa.float32())),
+        ]
+    )
+    rows: list[dict[str, Any]] = []
+    with replacing(file) as beside, parquet.ParquetWriter(beside, schema) as writer:
+
+        def flush() -> None:
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            rows.clear()
+
+        def write(answer: Prediction) -> None:
+            names, scores = [name for name, _ in answer.top], [score for _, score in answer.top]
+            row = {"path": answer.path, "label": answer.label, "score": answer.score}
+            rows.append({**row, "error": answer.error, "top_labels": names, "top_scores": scores})
+            if len(rows) >= ROWS:
+                flush()
+
+        yield write
+        flush()
+
+
+WRITERS = {".csv": csv_writer, ".jsonl": jsonl_writer, ".parquet": parquet_writer}
+
+
+def _need_pyarrow(file: Path) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("pyarrow") is None:
+        raise ValueError(f'{file} needs pyarrow: pip install "beit[parquet]"')

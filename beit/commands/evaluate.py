@@ -40,6 +40,7 @@ from beit.classifier_report import (
 )
 from beit.data import ImageSource, open_source
 from beit.engine import Engine
+from beit.graphs import is_graph
 from beit.hub import synsets
 from beit.image import IMAGENET_MEAN, ImageSpec, timm_spec, transformers_spec, unilm_spec
 from beit.metrics import (
@@ -93,7 +94,7 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
             raise CannotWrite(f"cannot write {file}: {file.parent} is not a folder")
     engine = Engine(
         settings.model,
-        "torch",
+        "auto" if is_graph(settings.model) else "torch",
         settings.precision,
         device=settings.device,
         batch_size=settings.batch_size,

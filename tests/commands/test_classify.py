@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import Cli
+from conftest import ENVIRONMENT, Cli
 
+from beit.commands.classify import write_table
 from beit.engine import Engine, Prediction
 
 from .conftest import Done
@@ -131,11 +137,6 @@ def test_pictures_may_stand_behind_the_options(cli: Cli, finetuned: Done, photos
 
 def test_a_pipe_that_closes_early_is_no_error(finetuned: Done, shapes: Path, tmp_path: Path) -> None:
     """`beit classify ... | head -1` ends quietly."""
-    import subprocess
-    import sys
-
-    from conftest import ENVIRONMENT
-
     words = [sys.executable, "-m", "beit", "classify", str(shapes), "-m", str(finetuned.folder),
              "--batch-size", "1"]  # fmt: skip
     with subprocess.Popen(
@@ -152,11 +153,12 @@ def test_a_pipe_that_closes_early_is_no_error(finetuned: Done, shapes: Path, tmp
 @pytest.mark.parametrize(
     ("wrong", "code", "cause"),
     [
-        ({"out": "answers.xlsx"}, 2, "--out answers.xlsx must end in .csv or .jsonl"),
+        ({"out": "answers.xlsx"}, 2, "--out answers.xlsx must end in .csv, .jsonl or .parquet"),
         ({"top": 0}, 2, "top"),
         ({"batch_size": 0}, 2, "batch"),
         ({"model": "nowhere.run"}, 5, "nowhere.run does not exist"),
         ({"precision": "fp8"}, 2, "fp8"),
+        ({"tpo": 3}, 2, "--tpo is no setting of classify"),
         ({"out": "no/such/folder/answers.csv"}, 6, "no/such/folder"),
     ],
 )
@@ -167,6 +169,97 @@ def test_wrong_settings_are_named(
     assert (ours, out) == (code, "")
     assert cause in err
     assert "Traceback" not in err
+
+
+def test_parquet_has_the_same_answers(cli: Cli, finetuned: Done, photos: Path, tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    code, out, _ = cli("classify", photos, model=finetuned.folder, out=tmp_path / "a.parquet")
+    assert (code, out) == (3, "")
+    rows = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    for row, answer in zip(rows, expected(finetuned, photos), strict=True):
+        assert (row["path"], row["label"], row["error"]) == (answer.path, answer.label, answer.error)
+        assert row["top_labels"] == [name for name, _ in answer.top]
+        np.testing.assert_allclose(row["top_scores"], [score for _, score in answer.top], rtol=1e-6)
+
+
+def test_one_missing_file_is_a_row_and_the_others_are_answered(
+    cli: Cli, finetuned: Done, photos: Path
+) -> None:
+    words = (photos / "1.png", photos / "gone.png", photos / "2.png")
+    code, out, err = cli("classify", *words, model=finetuned.folder, json=True)
+    assert code == 3
+    assert "1 of 3 pictures could not be read" in err
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["path"] for row in rows] == [str(word) for word in words]
+    assert [row["label"] is None for row in rows] == [False, True, False]
+    assert rows[1]["error"] == "no such file"
+
+
+def test_patterns_tar_shards_and_a_list_on_stdin_name_pictures(
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(tmp_path / "some.tar", "w") as shard:
+        shard.add(photos / "5.png", "a/5.png")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{photos}/2.png\n\n{photos}/deep/4.png\n"))
+    words = (f"{photos}/[12].png", tmp_path / "some.tar", "-")
+    code, out, _ = cli("classify", *words, model=finetuned.folder)
+    assert code == 0
+    names = [line.split("  ")[0] for line in out.splitlines()]
+    tarred = f"{tmp_path}/some.tar/a/5.png"
+    assert names == [*(f"{photos}/{n}.png" for n in (1, 2)), tarred, f"{photos}/2.png",
+                     f"{photos}/deep/4.png"]  # fmt: skip
+
+
+def test_a_relative_path_is_told_as_it_was_given(
+    cli: Cli, finetuned: Done, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    _, out, _ = cli("classify", "photos/deep/4.png", "photos", model=finetuned.folder)
+    names = [line.split("  ")[0] for line in out.splitlines()]
+    assert names == ["photos/deep/4.png", *(f"photos/{name}" for name in ORDER)]
+
+
+def test_on_a_terminal_it_is_a_table(
+    finetuned: Done, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    done, failed = write_table(iter(expected(finetuned, photos)))
+    assert (done, failed) == (5, 1)
+    out = capsys.readouterr().out
+    for answer in expected(finetuned, photos):
+        assert Path(answer.path).name in out
+        assert answer.error is not None or f"{answer.score:.1%}" in out
+    assert "not a readable picture" in out
+
+
+def test_verbose_says_on_stderr_what_computes_and_why(cli: Cli, finetuned: Done, photos: Path) -> None:
+    code, out, err = cli("classify", photos / "1.png", model=finetuned.folder, verbose=True)
+    assert code == 0
+    assert len(out.splitlines()) == 1
+    assert "torch" in err
+    assert "too small for another runtime to gain by it" in err
+
+
+def test_an_exported_file_answers_as_its_model_and_without_torch(
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path
+) -> None:
+    code, out, _ = cli("export", finetuned.folder, to="openvino", out=tmp_path / "s.xml")
+    assert code == 0
+    assert f"{tmp_path / 's.xml'}: " in out
+    pictures = [photos / "1.png", photos / "2.png", photos / "5.png"]
+    code, out, _ = cli("classify", *pictures, model=finetuned.folder, json=True, precision="fp32")
+    words = ["classify", *map(str, pictures), "-m", str(tmp_path / "s.xml"), "--json"]
+    barred = "import sys\nsys.modules['torch'] = None\n"
+    barred += f"sys.argv[1:] = {[*words, '--precision', 'fp32']!r}\nfrom beit.cli import main\nmain()"
+    alone = subprocess.run(
+        [sys.executable, "-c", barred], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert (alone.returncode, alone.stderr) == (0, "")
+    for ours, theirs in zip(alone.stdout.splitlines(), out.splitlines(), strict=True):
+        one, other = json.loads(ours), json.loads(theirs)
+        assert (one["path"], one["label"]) == (other["path"], other["label"])
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
 
 
 def test_missing_and_empty_places_are_named(

@@ -1,0 +1,63 @@
+"""`beit export`: what it writes and says, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Cli
+
+from beit.data import open_source
+from beit.engine import Engine
+from beit.graphs import open_graph
+from beit.hub import sha256_of
+
+from .conftest import Done
+
+
+def test_an_int8_graph_is_calibrated_on_pictures_and_scored_by_evaluate(
+    cli: Cli, finetuned: Done, shapes: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "small.onnx"
+    words = {"to": "onnx", "out": file, "precision": "int8", "pictures": shapes / "train"}
+    code, out, _ = cli("export", finetuned.folder, **words, json=True)
+    assert code == 0
+    report = json.loads(out)
+    assert report == json.loads(file.with_suffix(".json").read_text())
+    assert (report["calibrated_on"], report["measured_on"]) == (18, 18)
+    assert open_graph(file).about.model_sha256 == sha256_of(finetuned.folder)
+    code, out, _ = cli("evaluate", shapes, model=file, json=True)
+    assert code == 0
+    exact = json.loads(cli("evaluate", shapes, model=finetuned.folder, json=True)[1])
+    assert abs(json.loads(out)["top1"] - exact["top1"]) <= 1 / 15
+    assert json.loads(out)["preprocessing"] == exact["preprocessing"]
+
+
+def test_another_size_resizes_the_bias(cli: Cli, finetuned: Done, shapes: Path, tmp_path: Path) -> None:
+    file = tmp_path / "large.pt2"
+    code, _, _ = cli("export", finetuned.folder, to="torch", out=file, img_size=48)
+    assert code == 0
+    engine = Engine(file)
+    assert engine.image_spec.size == (48, 48)
+    assert engine.logits_of(open_source(shapes, "val")).shape == (15, 3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "cause"),
+    [
+        ({"precision": "int8"}, 2, "--pictures PLACE"),
+        ({"to": "coreml"}, 2, "coreml"),
+        ({"out": "no/such/a.onnx"}, 6, "no/such is not a folder"),
+        ({"out": "a.xml"}, 2, "a.xml must end in .onnx"),
+        ({"kind": "masked"}, 5, "guesses no tokens"),
+        ({"min_agreement": 99}, 2, "not a share from 0 to 1"),
+        ({"kind": "features", "layer": 9}, 2, "layers 0 to 4"),
+    ],
+)
+def test_wrong_settings_are_named(
+    cli: Cli, finetuned: Done, wrong: dict[str, object], code: int, cause: str
+) -> None:
+    ours, out, err = cli("export", finetuned.folder, **{"to": "onnx", **wrong})
+    assert (ours, out) == (code, "")
+    assert cause in err
