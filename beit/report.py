@@ -19,7 +19,7 @@ h1 { font-size: 1.7rem; line-height: 1.2 } h2 { margin-top: 2.6rem; font-size: 1
 p, figcaption { color: var(--soft); max-width: 44rem } h1 + p { font-size: 1.05rem }
 figure { margin: 1rem 0; overflow-x: auto } img { max-width: 100%; height: auto; border-radius: 4px }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem }
-svg { width: 100%; height: auto } svg text { font-size: 11px; fill: var(--soft) }
+svg { width: 100%; max-width: 34rem; height: auto } svg text { font-size: 11px; fill: var(--soft) }
 svg .grid { stroke: var(--line) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line) }

@@ -110,14 +110,14 @@ class Watch:
         page.section("Is it working?", "What came, and what is usual.")
         page.table(("", "now", "usual"), expected)
         metrics = read_metrics(self.out / "metrics.jsonl")
-        page.section("Curves", "One point a logged step.")
-        page.charts(
-            [
-                line_chart({"": points(metrics, key)}, "step", name)
-                for key, name in CURVES.items()
-                if len(points(metrics, key)) > 1
-            ]
-        )
+        curves = [
+            line_chart({"": points(metrics, key)}, "step", name)
+            for key, name in CURVES.items()
+            if len(points(metrics, key)) > 1
+        ]
+        if curves:
+            page.section("Curves", "One point a logged step.")
+            page.charts(curves)
         if self.train is not None and self.test is not None:
             page.section(
                 "Probes",
