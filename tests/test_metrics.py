@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from beit.metrics import (
+    average_precision,
+    binary_cross_entropy,
     bootstrap_interval,
     calibration,
     codebook_use,
     confusion_matrix,
     effective_rank,
+    fit_temperature,
     most_confused,
     negative_log_likelihood,
     psnr,
@@ -177,3 +180,39 @@ def test_effective_rank_counts_the_directions_in_use(scale: float) -> None:
     assert effective_rank(np.ones((4, 8))) == 1.0
     two = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # shares 3/4 and 1/4
     assert effective_rank(two) == pytest.approx(math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4)))
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
+def test_the_temperature_is_that_by_which_logits_were_spoilt(temperature: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.standard_normal((20_000, 5))
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = (p.cumsum(axis=1) < rng.random((len(p), 1))).sum(axis=1)
+    assert fit_temperature(logits * temperature, labels) == pytest.approx(temperature, rel=0.05)
+    several = rng.random(p.shape) < 1 / (1 + np.exp(-logits))
+    assert fit_temperature(logits * temperature, several) == pytest.approx(temperature, rel=0.05)
+
+
+def test_a_temperature_stays_finite_where_all_are_right_or_wrong() -> None:
+    logits = 3 * np.eye(4)
+    assert fit_temperature(logits, np.arange(4)) == pytest.approx(0.1, rel=1e-3)
+    assert fit_temperature(logits, (np.arange(4) + 1) % 4) == pytest.approx(10.0, rel=1e-3)
+
+
+def test_binary_cross_entropy_is_the_mean_of_the_negative_logarithms() -> None:
+    logits, targets = np.array([[0.0, 2.0], [-1.0, 900.0]]), np.array([[True, False], [True, True]])
+    p = 1 / (1 + np.exp(-logits[:, :1]))
+    expected = -np.log(p[0, 0]) - math.log(1 - 1 / (1 + math.exp(-2))) - np.log(p[1, 0])
+    assert binary_cross_entropy(logits, targets) == pytest.approx(expected / 4)
+
+
+def test_average_precision_is_scikit_learns() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    targets = rng.random((200, 6)) < 0.3
+    targets[:, 5] = False
+    scores = np.round(rng.standard_normal((200, 6)) + targets, 1)  # rounded: many are equal
+    found = average_precision(scores, targets)
+    for c in range(5):
+        assert found[c] == pytest.approx(metrics.average_precision_score(targets[:, c], scores[:, c]))
+    assert np.isnan(found[5])

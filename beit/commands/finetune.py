@@ -7,6 +7,7 @@ frozen features is as good as anything; with more, fine-tuning has to beat it or
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ from beit.hub import is_remote
 from beit.image import BadImage, unilm_spec
 from beit.labelled import Labelled, Side, open_labelled
 from beit.metrics import fit_temperature
-from beit.model import BeitForImageClassification, variant
+from beit.model import Beit, BeitForImageClassification, variant
 from beit.optim import EMA, adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast
 from beit.probe import out_of_fold, review_labels
@@ -191,12 +192,13 @@ def finetune(settings: Finetune) -> dict[str, Any]:
 
 def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
     """This process's share of it; returns the numbers of the finished model."""
+    start = load_start(settings)
     data = open_labelled(
         settings.data, settings.val, settings.val_share, settings.seed, settings.workers
     )
     settings = choose(settings, data)
     assert settings.out is not None
-    model = starting_model(settings, data.classes).to(device)
+    model = starting_model(settings, start, data.classes).to(device)
     run = Run(settings.out, settings, settings.overwrite)
     if data.held_out and data.val is not None:
         parts = {"train": data.train.source, "val": data.val.source}
@@ -290,6 +292,17 @@ def choose(settings: Finetune, data: Labelled) -> Finetune:
             f"{len(data.val.source):,} of {len(data.val.source) + count:,} pictures are held out to "
             "validate on, of each class its share, duplicates together; split.csv names them"
         )
+    for rare, meant in misspelt(data):
+        number = int((data.everything[0].labels == data.classes.index(rare)).sum())
+        distributed.say(
+            f"class {rare} has {number} picture{'s' * (number > 1)}; is it a misspelt {meant}?"
+        )
+    leaks = data.divided.across(data.divided.near)
+    if leaks:
+        _, (one, other, *_) = data.twins()[0]
+        distributed.say(
+            f"{len(leaks)} pictures are in both parts, which makes numbers too good: {other} is {one}"
+        )
     if new:
         told = ", ".join(f"{name} {value}" for name, value in new.items() if name != "out")
         distributed.say(f"chosen for {count:,} pictures of {classes} classes: {told}")
@@ -298,6 +311,18 @@ def choose(settings: Finetune, data: Labelled) -> Finetune:
             f"classes have {counts.min()} to {counts.max()} pictures: rare ones count more in the loss"
         )
     return replace(settings, **new)
+
+
+def misspelt(data: Labelled) -> list[tuple[str, str]]:
+    """Classes of one or two pictures whose names are nearly that of a far larger one, and that."""
+    found = []
+    counts = np.bincount(data.everything[0].labels, minlength=len(data.classes))
+    for number, name in enumerate(data.classes):
+        larger = [c for c, n in zip(data.classes, counts, strict=True) if n >= 3 * counts[number]]
+        if 0 < counts[number] <= 2 and not data.several:
+            close = difflib.get_close_matches(name, larger, n=1, cutoff=0.75)
+            found += [(name, close[0])] if close else []
+    return found
 
 
 def run_name(data: Path) -> str:
@@ -325,11 +350,23 @@ def is_fresh(model: str) -> bool:
 # --- The models ----------------------------------------------------------------------------------
 
 
-def starting_model(settings: Finetune, classes: Sequence[str]) -> BeitForImageClassification:
+def load_start(settings: Finetune) -> Beit | None:
+    """The trained model to begin with, before any work is done; None for one of a size."""
+    if settings.model is None:
+        return None
+    if is_fresh(settings.model):
+        variant(settings.model)  # refuses what is none
+        return None
+    return load_model(settings.model, dtype=torch.float32)
+
+
+def starting_model(
+    settings: Finetune, start: Beit | None, classes: Sequence[str]
+) -> BeitForImageClassification:
     """A classifier for the classes, from a trained model or, by a size's name, from nothing."""
     assert settings.model is not None
     torch.manual_seed(settings.seed)
-    if is_fresh(settings.model):
+    if start is None:
         config = variant(settings.model).for_classification(len(classes))
         config = replace(
             config, img_size=settings.img_size or config.img_size, drop_path_rate=settings.drop_path
@@ -339,7 +376,6 @@ def starting_model(settings: Finetune, classes: Sequence[str]) -> BeitForImageCl
         model.id2label = dict(enumerate(classes))
         distributed.say(f"{settings.model}: a fresh network, nothing is loaded")
     else:
-        start = load_model(settings.model, dtype=torch.float32)
         model, report = to_classifier(start, classes, settings.img_size, settings.drop_path)
         distributed.say(f"{settings.model}: {report}")
     if settings.crop_ratio is not None:

@@ -596,3 +596,11 @@ def test_no_report_writes_none(shapes: Path, tmp_path: Path) -> None:
     done = run(tmp_path / "run", "finetune", shapes, **MINI, no_report=True)
     assert not (done.folder / "report.html").exists()
     assert not (done.folder / "label_review.csv").exists()
+
+
+def test_copies_in_both_parts_are_said(shapes: Path, tmp_path: Path) -> None:
+    shutil.copytree(shapes, tmp_path / "data")
+    one, other = tmp_path / "data/train/disc/03.png", tmp_path / "data/val/disc/leak.png"
+    shutil.copy(one, other)
+    done = run(tmp_path / "run", "finetune", tmp_path / "data", **MINI, no_report=True)
+    assert f"1 pictures are in both parts, which makes numbers too good: {other} is {one}" in done.said

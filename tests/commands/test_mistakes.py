@@ -1,0 +1,362 @@
+"""Mistakes that users make: the exit code of each, the cause by name, and what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import Cli, write_shapes
+
+from .conftest import Done
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a user may have: data, models, and a folder of their own."""
+
+    mine: Path  # data/, one folder a class; a copy that may be spoilt
+    shapes: Path  # train/ and val/
+    encoder: Path  # a pre-trained model
+    classifier: Path
+    tokenizer: Path
+
+    def file(self, name: str, content: str | bytes) -> Path:
+        path = self.mine / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def folder(self, name: str) -> Path:
+        (self.mine / name).mkdir(parents=True)
+        return self.mine / name
+
+    @property
+    def data(self) -> Path:
+        return self.mine / "data"
+
+    @property
+    def out(self) -> Path:
+        return self.mine / "run"
+
+
+@pytest.fixture
+def place(tmp_path: Path, shapes: Path, pretrained: Done, finetuned: Done, tokenizer: Done) -> Place:
+    write_shapes(tmp_path / "data", 4, seed=5)
+    return Place(tmp_path, shapes, pretrained.folder, finetuned.folder, tokenizer.folder)
+
+
+class Mistake(NamedTuple):
+    words: Callable[[Place], list[Any]]
+    code: int
+    told: tuple[str, ...]  # the cause, and what to do
+
+
+def finetune(data: Callable[[Place], Any], *more: Any) -> Callable[[Place], list[Any]]:
+    """A quick run from nothing, given some data; `more` are words, or made of the place."""
+
+    def words(place: Place) -> list[Any]:
+        given = [word(place) if callable(word) else word for word in more]
+        line = ["finetune", data(place), *given]
+        for option, value in (("-m", "beit_mini_patch8_32"), ("-o", place.out), ("--steps", 1)):
+            line += [] if option in given else [option, value]
+        return (
+            [*line, "--workers", 0, "--no-report", "--device", "cpu"]
+            if "--device" not in given
+            else line
+        )
+
+    return words
+
+
+def good(place: Place) -> Path:
+    return place.data
+
+
+def spoilt(count: int) -> Callable[[Place], Path]:
+    def data(place: Place) -> Path:
+        for number in range(count):
+            place.file(f"data/disc/{number:02d}.png", "no picture")
+        return place.data
+
+    return data
+
+
+def only_class(place: Place) -> Path:
+    shutil.rmtree(place.data / "disc")
+    shutil.rmtree(place.data / "square")
+    return place.data
+
+
+def class_in_val_only(place: Place) -> Path:
+    shutil.copytree(place.shapes, place.mine / "both")
+    (place.mine / "both" / "val" / "disc").rename(place.mine / "both" / "val" / "hexagon")
+    return place.mine / "both"
+
+
+def listed(*rows: str, header: str = "path,label") -> Callable[[Place], Path]:
+    return lambda place: place.file("list.csv", "\n".join([header, *rows]) + "\n")
+
+
+ROWS = [f"data/{shape}/{n:02d}.png,{shape}" for shape in ("disc", "square") for n in range(4)]
+
+
+def other_family(place: Place) -> Path:
+    folder = place.folder("resnet")
+    (folder / "config.json").write_text(json.dumps({"model_type": "resnet"}))
+    return folder
+
+
+def resnet_file(place: Place) -> Path:
+    torch.save(
+        {"conv1.weight": torch.zeros(4, 3, 7, 7), "fc.bias": torch.zeros(9)}, place.mine / "r.pth"
+    )
+    return place.mine / "r.pth"
+
+
+def truncated(place: Place) -> Path:
+    shutil.copytree(place.classifier, place.mine / "half")
+    whole = (place.mine / "half" / "model.safetensors").read_bytes()
+    (place.mine / "half" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    return place.mine / "half"
+
+
+def unfinished(place: Place) -> Path:
+    place.file("stopped/run.toml", 'command = "Pretrain"\n')
+    return place.mine / "stopped"
+
+
+def thesis(place: Place) -> Path:
+    return place.file("papers/thesis.txt", "years of work").parent
+
+
+def other_run(place: Place) -> Path:
+    return place.file("run/run.toml", 'command = "Finetune"\nlr = 7.0\n').parent
+
+
+EMPTY = lambda place: place.folder("nothing")  # noqa: E731
+
+MISTAKES: dict[str, Mistake] = {
+    "finetune: no such folder": Mistake(
+        finetune(lambda p: p.mine / "flower"), 2, ("flower does not exist",)),
+    "finetune: empty folder": Mistake(finetune(EMPTY), 2, ("holds no pictures",)),
+    "finetune: no pictures in it": Mistake(
+        finetune(lambda p: p.file("texts/a.txt", "hello").parent), 2, ("holds no pictures", ".png")
+    ),
+    "finetune: no classes": Mistake(
+        finetune(lambda p: p.data / "disc"), 2, ("has no classes", "in a folder of its name")
+    ),
+    "finetune: one class": Mistake(finetune(only_class), 2, ("has one class (triangle)", "two or more")),
+    "finetune: a class in val only": Mistake(
+        finetune(class_in_val_only), 2, ("does not know: hexagon", "disc, square")
+    ),
+    "finetune: nothing can be read": Mistake(
+        finetune(spoilt(4)), 4, ("cannot be read", "00.png", "--max-bad-images")
+    ),
+    "finetune: a zip": Mistake(finetune(lambda p: p.file("a.zip", "PK")), 2, ("a.zip", "unpack")),
+    "finetune: a compressed tar": Mistake(finetune(lambda p: p.file("a.tar.gz", "")), 2, ("unpack",)),
+    "finetune: a tar that is none": Mistake(
+        finetune(lambda p: p.file("a.tar", "no tar")), 2, ("a.tar is not a whole, uncompressed tar",)
+    ),
+    "finetune: csv without names of columns": Mistake(
+        finetune(listed(*ROWS[1:], header=ROWS[0])), 2, ("list.csv", "path,label")
+    ),
+    "finetune: csv with semicolons between columns": Mistake(
+        finetune(listed("a.png;disc", header="path;label")), 2, ("list.csv", "path,label")
+    ),
+    "finetune: csv with a typo in a path": Mistake(
+        finetune(listed(*ROWS, "data/disc/9.png,disc", "data/disc/8.png,disc")),
+        4,
+        ("data/disc/9.png (no such file)", "--max-bad-images"),
+    ),
+    "finetune: csv with a row without label": Mistake(
+        finetune(listed(*ROWS, "data/disc/01.png,")), 2, ("line 10 of", "has no label")
+    ),
+    "finetune: csv with a typo in a label": Mistake(
+        finetune(listed(*ROWS[:3], ROWS[3].replace(",disc", ",dics"), *ROWS[4:])),
+        0,
+        ("class dics has 1 picture; is it a misspelt disc?",),
+    ),
+    "finetune: csv in another encoding": Mistake(
+        finetune(lambda p: p.file("list.csv", "path,label\nä.png,ä\n".encode("latin-1"))), 2, ("UTF-8",)
+    ),
+    "finetune: csv with nothing in it": Mistake(finetune(listed()), 2, ("list.csv holds no pictures",)),
+    "finetune: a size that is no multiple of the patch": Mistake(
+        finetune(good, "--img-size", 30), 2, ("30 is not a multiple of patch_size 8", "use 24 or 32")
+    ),
+    "finetune: a size by a wrong name": Mistake(
+        finetune(good, "-m", "beit_min_patch8_32"), 2, ("did you mean beit_mini_patch8_32",)
+    ),
+    "finetune: a model that is not there": Mistake(
+        finetune(good, "-m", lambda p: p.mine / "models" / "best"), 5, ("best does not exist",)
+    ),
+    "finetune: pictures as the model": Mistake(finetune(good, "-m", good), 5, ("has no config.json",)),
+    "finetune: a tokenizer as the model": Mistake(
+        finetune(good, "-m", lambda p: p.tokenizer), 5, ("not a BEiT encoder", "--tokenizer")
+    ),
+    "finetune: a run that has not finished as the model": Mistake(
+        finetune(good, "-m", unfinished), 5, ("has not finished", "give its command again")
+    ),
+    "finetune: another family's folder": Mistake(finetune(good, "-m", other_family), 5, ("resnet",)),
+    "finetune: another family's file": Mistake(finetune(good, "-m", resnet_file), 5, ("r.pth",)),
+    "finetune: a page saved as a model": Mistake(
+        finetune(good, "-m", lambda p: p.file("beit.pth", "<!doctype html><html>")),
+        5,
+        ("is a web page, not weights", "get a new link"),
+    ),
+    "finetune: half a model": Mistake(finetune(good, "-m", truncated), 5, ("model.safetensors",)),
+    "finetune: a file where the run should go": Mistake(
+        finetune(good, "-o", lambda p: p.file("taken", "")), 6, ("cannot write the run folder", "taken")
+    ),
+    "finetune: a folder of other things for the run": Mistake(
+        finetune(good, "-o", thesis), 2, ("holds no run", "choose another --out")
+    ),
+    "finetune: a run of other settings there": Mistake(
+        finetune(good, "-o", other_run), 2, ("lr was 7.0", "--overwrite")
+    ),
+    "finetune: a file system that cannot be written": Mistake(
+        finetune(good, "-o", "/proc/run"), 6, ("cannot write the run folder /proc/run",)
+    ),
+    "finetune: a batch of nothing": Mistake(finetune(good, "--batch-size", 0), 2, ("--batch-size",)),
+    "finetune: a negative rate": Mistake(finetune(good, "--lr", "-1"), 2, ("--lr",)),
+    "finetune: words for a number": Mistake(finetune(good, "--epochs", "many"), 2, ("--epochs", "many")),
+    "finetune: no such option": Mistake(finetune(good, "--epoch", 3), 2, ("--epoch", "--epochs")),
+    "finetune: no such validation pictures": Mistake(
+        finetune(good, "--val", lambda p: p.mine / "vl"), 2, ("vl does not exist",)
+    ),
+    "finetune: more than all for validation": Mistake(
+        finetune(good, "--val-share", 20), 2, ("val_share 20.0", "0.2 is usual")
+    ),
+    "finetune: the best of nothing": Mistake(
+        finetune(good, "--method", "best", "--val-share", 0), 2, ("validation pictures", "--val")
+    ),
+    "finetune: no such method": Mistake(finetune(good, "--method", "magic"), 2, ("--method", "head")),
+    "finetune: more than the whole picture": Mistake(
+        finetune(good, "--crop-ratio", 1.5), 2, ("crop_ratio 1.5 is not in (0, 1]",)
+    ),
+    "finetune: no such device": Mistake(finetune(good, "--device", "gpu"), 2, ("'gpu'", "cuda")),
+    "finetune: no such precision": Mistake(finetune(good, "--precision", "fp8"), 2, ("--precision",)),
+    "finetune: an average that never forgets": Mistake(
+        finetune(good, "--ema-decay", 2), 2, ("ema_decay 2.0", "0.9999 is usual")
+    ),
+    "finetune: all may be bad and more": Mistake(
+        finetune(good, "--max-bad-images", 3), 2, ("max_bad_images 3.0 is not a share", "0.01")
+    ),
+    "finetune: no such recipe": Mistake(
+        finetune(good, "--recipe", "beit_bas_1k"), 2, ("beit_bas_1k", "did you mean beit_base_1k")
+    ),
+    "finetune: no such config": Mistake(finetune(good, "--config", "nowhere.toml"), 2, ("nowhere.toml",)),
+    "probe: no validation pictures": Mistake(
+        lambda p: ["probe", p.data, "-m", p.encoder], 2, ("train and a val folder",)
+    ),
+    "probe: a layer that is not there": Mistake(
+        lambda p: ["probe", p.shapes, "-m", p.encoder, "--layers", 9], 2, ("layer 9", "0 to 4")
+    ),
+    "probe: no such kind": Mistake(
+        lambda p: ["probe", p.shapes, "-m", p.encoder, "--kinds", "liner"], 2, ("liner", "linear")
+    ),
+    "probe: no such folder": Mistake(
+        lambda p: ["probe", p.mine / "x", "-m", p.encoder], 2, ("x does not exist",)
+    ),
+    "probe: no such model": Mistake(
+        lambda p: ["probe", p.shapes, "-m", p.mine / "m"], 5, ("m does not exist",)
+    ),
+    "probe: nowhere to write": Mistake(
+        lambda p: ["probe", p.shapes, "-m", p.encoder, "-o", p.mine / "no" / "a.json"], 6, ("not a folder",)
+    ),
+    "evaluate: a pre-trained model": Mistake(
+        lambda p: ["evaluate", p.shapes, "-m", p.encoder], 5, ("no classifier", "beit finetune")
+    ),
+    "evaluate: other classes": Mistake(
+        lambda p: ["evaluate", class_in_val_only(p), "-m", p.classifier], 2, ("does not know: hexagon",)
+    ),
+    "evaluate: no labels": Mistake(
+        lambda p: ["evaluate", p.data / "disc", "-m", p.classifier], 2, ("has no classes",)
+    ),
+    "evaluate: an empty folder": Mistake(
+        lambda p: ["evaluate", EMPTY(p), "-m", p.classifier], 2, ("holds no pictures",)
+    ),
+    "evaluate: a picture that is none": Mistake(
+        lambda p: ["evaluate", spoilt(1)(p), "-m", p.classifier], 2, ("00.png", "not a readable picture")
+    ),
+    "evaluate: no such preset": Mistake(
+        lambda p: ["evaluate", p.shapes, "-m", p.classifier, "--preset", "keras"], 2, ("--preset", "timm")
+    ),
+    "evaluate: no real labels there": Mistake(
+        lambda p: ["evaluate", p.shapes, "-m", p.classifier, "--real-labels", "real.json"],
+        2,
+        ("real.json does not exist",),
+    ),
+    "evaluate: nowhere for the page": Mistake(
+        lambda p: ["evaluate", p.shapes, "-m", p.classifier, "--report", p.mine / "no" / "a.html"],
+        6,
+        ("a.html", "not a folder"),
+    ),
+    "classify: a pre-trained model": Mistake(
+        lambda p: ["classify", p.data, "-m", p.encoder], 5, ("no classifier", "beit finetune")
+    ),
+    "classify: no such picture": Mistake(
+        lambda p: ["classify", p.mine / "cat.jpg", "-m", p.classifier], 2, ("cat.jpg",)
+    ),
+    "classify: no pictures there": Mistake(
+        lambda p: ["classify", EMPTY(p), "-m", p.classifier], 2, ("holds no pictures",)
+    ),
+    "classify: a picture that is none": Mistake(
+        lambda p: ["classify", spoilt(1)(p), "-m", p.classifier], 3, ("1 of 12",)
+    ),
+    "classify: no model named": Mistake(lambda p: ["classify", p.data], 2, ("--model",)),
+    "classify: nowhere to write": Mistake(
+        lambda p: ["classify", p.data, "-m", p.classifier, "-o", p.mine / "no" / "a.csv"],
+        6,
+        ("not a folder",),
+    ),
+    "pretrain: no tokenizer there": Mistake(
+        lambda p: ["pretrain", p.data, "--tokenizer", p.mine / "t", "-o", p.out], 5, ("t does not exist",)
+    ),
+    "pretrain: a classifier as the tokenizer": Mistake(
+        lambda p: ["pretrain", p.data, "--tokenizer", p.classifier, "-o", p.out], 5, ("tokenizer",)
+    ),
+    "pretrain: an empty folder": Mistake(
+        lambda p: ["pretrain", EMPTY(p), "--tokenizer", p.tokenizer, "-o", p.out], 2, ("holds no pictures",)
+    ),
+    "pretrain: a size that is no multiple of the patch": Mistake(
+        lambda p: [
+            "pretrain", p.data, "--tokenizer", p.tokenizer, "-o", p.out, "-m", "beit_mini_patch8_32",
+            "--img-size", 33,
+        ],
+        2,
+        ("33 is not a multiple", "use 32 or 40"),
+    ),
+    "a command that is none": Mistake(lambda p: ["fine-tune", p.data], 2, ("fine-tune", "finetune")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_has_its_code_its_cause_and_its_cure(name: str, place: Place, cli: Cli) -> None:
+    mistake = MISTAKES[name]
+    code, _, err = cli(*mistake.words(place))
+    assert code == mistake.code, err
+    for words in mistake.told:
+        assert words in err
+    assert "Traceback" not in err
+
+
+def test_there_are_sixty() -> None:
+    assert len(MISTAKES) >= 60
+
+
+def test_a_full_disk_says_what_to_do_and_keeps_what_was_saved(
+    place: Place, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(place.mine)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    code, _, err = cli(*finetune(good)(place))
+    assert code == 6
+    assert "cannot write" in err
+    assert "Make room there, then give the same command to go on" in err
+    monkeypatch.undo()
