@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
+from PIL import Image
 from torch import Tensor, nn
 
 from beit import distributed
@@ -27,9 +28,10 @@ from beit.metrics import CodebookUse, codebook_use, psnr
 from beit.model import Beit, BeitForMaskedImageModeling, check_size, variant
 from beit.optim import adamw, cosine_schedule, update
 from beit.precision import Precision, autocast
-from beit.run import Run
+from beit.report import Page
+from beit.run import Run, read_metrics
 from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig
-from beit.visualize import png_bytes, strip, to_bytes
+from beit.visualize import img_tag, line_chart, png_bytes, strip, to_bytes
 from beit.vqkd import VQKD, VQKDConfig, patch_pixels
 
 Teacher = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) in [0, 1] -> (B, L, T), a row a token
@@ -186,6 +188,7 @@ def finish(
     (out / "reconstructions.png").write_bytes(png_bytes(strip(sheet)))
     quality = in_words(tokenizer, error)
     result = {"live_codes": use.live, "perplexity": use.perplexity, **quality, "steps": steps}
+    write_page(out, result, strip(sheet))
     save_tokenizer(tokenizer, out, {**result, "pictures": len(source), "seed": settings.seed})
     print(
         f"{out}: {use.live:.1%} of {settings.vocab_size} codes alive, perplexity "
@@ -204,6 +207,41 @@ def finish(
             file=sys.stderr,
         )
     return result
+
+
+def write_page(out: Path, result: dict[str, float], sheet: Image.Image) -> None:
+    """report.html: whether the codes are alive, curves, originals over reconstructions, settings."""
+    page = Page(f"Tokenizer {out.name}", "Nothing on this page needs a network.")
+    page.section("Is it working?", "What came over the pictures, and what is usual.")
+    quality, usual = next(
+        (f"{result[key]:.3g} {key.replace('_', ' ')}", text)
+        for key, text in USUAL.items()
+        if key in result
+    )
+    page.table(
+        ("", "now", "usual"),
+        [
+            ("codes alive", f"{result['live_codes']:.1%}", "above 95 %; else fewer codes, or longer"),
+            ("perplexity", f"{result['perplexity']:.0f}", "half of the codes or more"),
+            ("quality", quality, usual),
+        ],
+    )
+    metrics = read_metrics(out / "metrics.jsonl")
+    lines = {key: [(m["step"], m[key]) for m in metrics if m.get(key) is not None] for key in CURVES}
+    page.section("Curves", "One point a logged step.")
+    page.charts([line_chart({"": line}, "step", key) for key, line in lines.items() if len(line) > 1])
+    page.section("Pictures", "Above the originals, below what their tokens stand for.")
+    page.figure(img_tag(sheet, "originals and reconstructions"), "")
+    page.section("Settings", "run.toml")
+    page.code((out / "run.toml").read_text(encoding="utf-8"))
+    page.write(out / "report.html")
+
+
+CURVES = ("psnr_db", "cosine", "live_codes", "perplexity", "images_per_second")
+USUAL = {
+    "psnr_db": "17 to 23 in short runs of our own; 11 is one colour for all",
+    "cosine": "rising; 1 says all that the teacher says",
+}
 
 
 # --- What is trained, and to what ----------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_what_is_reported_is_what_the_saved_tokenizer_does(tokenizer: Done, shap
 def test_the_folder_is_as_documented(tokenizer: Done, shapes: Path) -> None:
     assert sorted(p.name for p in tokenizer.folder.iterdir()) == [
         "checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "reconstructions.png",
-        "run.toml",
+        "report.html", "run.toml",
     ]  # fmt: skip
     settings = tomllib.loads((tokenizer.folder / "run.toml").read_text())
     assert settings["command"] == "TrainTokenizer"
@@ -76,6 +76,9 @@ def test_the_folder_is_as_documented(tokenizer: Done, shapes: Path) -> None:
     assert [line["step"] for line in tokenizer.metrics] == list(range(10, 81, 10))
     with Image.open(tokenizer.folder / "reconstructions.png") as sheet:
         assert sheet.size == (10 * 100 + 4, 2 * 100 + 4)  # ten pictures, above what is drawn
+    page = (tokenizer.folder / "report.html").read_text()
+    for told in ("codes alive", "perplexity", "psnr db", "vocab_size = 32", "data:image/png"):
+        assert told in page
 
 
 def test_the_settings_are_the_tokenizers(tokenizer: Done) -> None:
