@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -653,6 +654,9 @@ def _forget_old(new: Path) -> None:
 def _has_gpu(device: str) -> bool:
     if device == "cpu":
         return False
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+    if sys.platform == "linux" and not any(map(os.path.exists, drivers)):
+        return False  # and no need to wait for torch
     import torch
 
     return torch.cuda.is_available()

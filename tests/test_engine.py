@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,9 @@ from PIL import Image
 
 from beit.checkpoints import CheckpointError, load, save
 from beit.data import open_source
-from beit.engine import Engine, Prediction
-from beit.features import Embedding
+from beit.engine import Engine, Prediction, TorchModel, agree
+from beit.export import export
+from beit.graphs import Embedding, GraphError, Output
 from beit.image import IMAGENET_MEAN, IMAGENET_STD, BadImage, ImageSpec, preprocess, read_image
 from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 
@@ -407,3 +409,204 @@ def test_grey_and_turned_pictures_are_prepared_as_the_door_does(
     turned = np.asarray(grey.rotate(180).convert("RGB"))
     (expected,) = exact(model).classify([turned], top=6)
     np.testing.assert_allclose(scores([answer]), scores([expected]), atol=1e-6)
+
+
+# --- Other runtimes --------------------------------------------------------------------------------------
+
+RUNTIMES = [("openvino", "fp32"), ("openvino", "bf16"), ("onnx", "fp32"), ("torch", "bf16")]
+
+
+@pytest.fixture(scope="module")
+def folder(model: BeitForImageClassification, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    saved = tmp_path_factory.mktemp("saved") / "model"
+    save(model, saved)
+    return saved
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Graphs are made once for this file, and not in the home of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        yield home / "beit" / "graphs"
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Pictures of every mode, a very long one, one pixel, an animation, and two that are none."""
+    root = tmp_path_factory.mktemp("odd")
+    rng = np.random.default_rng(2)
+    colours = Image.fromarray(rng.integers(0, 256, (4, 4, 4), dtype=np.uint8)).resize((50, 40))
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        colours.convert("RGB").convert(mode).save(root / f"{mode}.png")
+    colours.convert("CMYK").save(root / "cmyk.jpg")
+    Image.fromarray(rng.integers(0, 65536, (30, 30), dtype=np.uint16)).save(root / "deep.png")
+    colours.convert("RGB").resize((900, 3)).save(root / "long.png")
+    colours.convert("RGB").resize((1, 1)).save(root / "one.png")
+    frames = [Image.new("RGB", (20, 20), (40 * n, 9, 9)) for n in range(3)]
+    frames[0].save(root / "moving.gif", save_all=True, append_images=frames[1:])
+    (root / "empty.jpg").touch()
+    (root / "page.jpg").write_text("<html>not found</html>")
+    return sorted(root.iterdir())
+
+
+@pytest.mark.parametrize(("runtime", "precision"), RUNTIMES)
+def test_every_runtime_gives_the_answers_of_torch_also_for_odd_pictures(
+    runtime: Any, precision: Any, folder: Path, odd: list[Path]
+) -> None:
+    plain = exact(folder)
+    ours = list(Engine(folder, runtime, precision, batch_size=3).classify(odd, top=6))
+    theirs = list(plain.classify(odd, top=6))
+    assert [answer.error for answer in ours] == [answer.error for answer in theirs]
+    assert sum(answer.error is not None for answer in ours) == 2
+    tolerance = {"fp32": 1e-5, "bf16": 0.05}[precision]
+    np.testing.assert_allclose(scores(ours), scores(theirs), atol=tolerance)
+    for one, other in zip(ours, theirs, strict=True):
+        if other.error is None and other.top[0][1] - other.top[1][1] > 2 * tolerance:
+            assert one.label == other.label
+
+
+@pytest.mark.parametrize(("runtime", "precision"), RUNTIMES)
+def test_every_runtime_embeds_as_torch_does(
+    runtime: Any, precision: Any, folder: Path, files: list[Path]
+) -> None:
+    pictures = [files[n] for n in GOOD]
+    ours, theirs = (
+        np.stack(
+            [answer.vector for answer in engine.embed(pictures, "mean", 1) if answer.vector is not None]
+        )
+        for engine in (Engine(folder, runtime, precision), exact(folder))
+    )
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    assert ((ours * theirs).sum(axis=1) / norms).min() >= {"fp32": 0.9999, "bf16": 0.999}[precision]
+
+
+def test_threads_share_a_graph_too(folder: Path, files: list[Path]) -> None:
+    engine = Engine(folder, "openvino", "fp32", threads=1)
+    alone = [next(engine.classify(files[n])).score for n in GOOD]
+    with ThreadPoolExecutor(16) as pool:
+        answers = pool.map(lambda n: next(engine.classify(files[GOOD[n % 9]])).score, range(90))
+        assert list(answers) == pytest.approx(alone * 10, abs=1e-6)
+
+
+def test_auto_measures_once_and_then_opens_the_graph_without_loading_the_model(
+    folder: Path, files: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import beit.checkpoints
+    import beit.engine
+
+    assert Engine(folder).why == "the model is too small for another runtime to gain by it"
+    assert not list(cache.glob("choice-*"))
+    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 0)
+    honest = beit.engine.TorchModel.__call__
+
+    def slow(model: TorchModel, output: Output, images: np.ndarray) -> np.ndarray:
+        time.sleep(0.1)
+        return honest(model, output, images)
+
+    monkeypatch.setattr(beit.engine.TorchModel, "__call__", slow)
+    first = Engine(folder, precision="fp32")
+    assert first.runtime in ("openvino", "onnx")
+    assert first.why.startswith(f"fastest of those that agree with torch in fp32: {first.runtime} ")
+    (choice,) = cache.glob("choice-*")
+    assert json.loads(choice.read_text())["ms"].keys() == {"torch", "openvino", "onnx"}
+
+    def never(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(beit.checkpoints, "load_model", never)
+    again = Engine(folder, precision="fp32")
+    assert (again.runtime, again.why) == (first.runtime, first.why)
+    assert list(again.classify(files)) == list(first.classify(files))
+    assert again.labels == list(NAMES.values())
+
+
+def test_auto_leaves_out_what_does_not_agree(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import beit.engine
+
+    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 0)
+    monkeypatch.setattr(beit.engine, "LEAST_COSINE", {"fp32": 1.1})
+    engine = Engine(folder, precision="fp32", threads=1)
+    assert engine.runtime == "torch"
+    assert "openvino left out: does not agree with torch (cosine 1.0" in engine.why
+
+
+def test_another_best_class_does_not_agree_but_a_tie_does() -> None:
+    exact_logits = np.array([[1.0, 0.999, -1.0], [3.0, 1.0, 0.0]], np.float32)
+    tie = np.array([[0.999, 1.0, -1.0], [3.0, 1.0, 0.0]], np.float32)
+    assert agree(tie, exact_logits, "bf16", Output())[0]
+    assert not agree(tie[::-1].copy(), exact_logits[::-1] * [1, 1.1, 1], "fp32", Output())[0]
+    assert not agree(-exact_logits, exact_logits, "bf16", Output())[0]
+
+
+def test_without_a_place_for_graphs_torch_answers(
+    folder: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import beit.engine
+
+    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 0)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    engine = Engine(folder)
+    assert engine.runtime == "torch"
+    assert "cache folder" in engine.why
+    assert next(engine.classify(files)).error is None
+
+
+def test_a_graph_file_is_a_model_for_what_it_holds_alone(
+    model: BeitForImageClassification, files: list[Path], tmp_path: Path
+) -> None:
+    export(model, tmp_path / "f.pt2", "torch", Output("features", "cls", 1))
+    engine = Engine(tmp_path / "f.pt2")
+    assert (engine.runtime, engine.precision) == ("torch", "fp32")
+    (ours,), (theirs,) = (e.embed(files[0], "cls", 1) for e in (engine, exact(model)))
+    np.testing.assert_allclose(ours.vector, theirs.vector, atol=1e-5)
+    with pytest.raises(GraphError, match=r"holds features \(cls, layer 1\), not .*--pooling mean"):
+        next(engine.embed(files[0]))
+    with pytest.raises(CheckpointError, match="has no classifier"):
+        engine.classify(files[0])
+    with pytest.raises(ValueError, match="is for torch, not onnx"):
+        Engine(tmp_path / "f.pt2", "onnx")
+    with pytest.raises(ValueError, match="holds fp32; write it anew"):
+        Engine(tmp_path / "f.pt2", precision="int8")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        ({"precision": "int8"}, "beit export MODEL --to openvino --precision int8"),
+        ({"runtime": "onnx", "precision": "bf16"}, "no bf16"),
+        ({"runtime": "tensorrt"}, "'tensorrt' is not one of auto, torch, openvino, onnx"),
+        ({"precision": "fp8"}, "'fp8' is not one of"),
+        ({"threads": 0}, "threads 0"),
+        ({"runtime": "openvino", "device": "cuda"}, "works on the processor"),
+    ],
+)
+def test_wrong_settings_are_named(wrong: dict[str, Any], cause: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=cause):
+        Engine(folder, **wrong)
+
+
+@pytest.mark.parametrize(("runtime", "module"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_a_missing_runtime_is_named_and_auto_does_without(
+    runtime: Any, module: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    with pytest.raises(ValueError, match=rf'needs {module}: pip install "beit\[{runtime}\]"'):
+        Engine(folder, runtime)
+    engine = Engine(folder)
+    assert engine.runtime == "torch"
+    assert 'pip install "beit[openvino]" is faster' in engine.why
+
+
+def test_a_model_given_in_memory_is_used_as_it_is_now(files: list[Path]) -> None:
+    changing = BeitForImageClassification(CONFIG).eval()
+    for precision in ("fp32", "bf16"):
+        engine = Engine(changing, "torch", precision)  # type: ignore[arg-type]
+        before = next(engine.classify(files[0])).score
+        with torch.no_grad():
+            changing.head.weight.copy_(torch.randn(changing.head.weight.shape))  # type: ignore[arg-type,union-attr]
+        assert next(engine.classify(files[0])).score != before
