@@ -217,15 +217,16 @@ class Engine:
             and self._device in ("auto", "cpu")
             and not _has_gpu(self._device)
         ):
-            choice = self._kept_choice(precision) or self._measure(precision, others)
-            self.runtime, self.precision, self.why = (
-                choice["runtime"],
-                choice["precision"],
-                choice["why"],
-            )
-            if self.runtime != "torch":
-                self._about = self._graph(self._main_output()).about
-                return
+            try:
+                choice = self._kept_choice(precision) or self._measure(precision, others)
+                self.runtime, self.precision = choice["runtime"], choice["precision"]
+                self.why = choice["why"]
+                if self.runtime != "torch":
+                    self._about = self._graph(self._main_output()).about
+                    return
+            except OSError as error:
+                self._graphs = {}
+                self.why = f"other runtimes need the cache folder, and it cannot be written ({error})"
         else:
             self.why = "as asked for" if runtime == "torch" else "the only one installed for this device"
             if runtime == "auto" and not others:
