@@ -255,6 +255,15 @@ def test_a_recipe_sets_fields_of_its_command_and_says_what_came_out(file: Path) 
             assert (list(got) if isinstance(got, tuple) else got) == value, key
 
 
+def test_the_page_of_recipes_says_what_their_files_say() -> None:
+    page = (PACKAGE.parent / "docs" / "recipes.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for file in FOLDER.glob("*/*.toml"):
+        recipe = tomllib.loads(file.read_text())
+        assert f"| `{file.stem}` | {recipe['expected']} | {recipe['cost']} |" in rows
+    assert len(rows) == len(list(FOLDER.glob("*/*.toml")))
+
+
 def test_misspelt_recipes_and_keys_name_the_nearest(cli: Cli, tmp_path: Path) -> None:
     code, _, err = cli("pretrain", "x", tokenizer="t", out="o", recipe="beit_bas_22k")
     assert code == 2
