@@ -490,7 +490,8 @@ def fit(
         tensorboard=settings.tensorboard,
     ):
         if watched is not None and step and step % every == 0:
-            watched.look(step, kept())
+            with run.apart():
+                watched.look(step, kept())
         lr = cosine_schedule(step, total, warmup, settings.lr, settings.min_lr)
         set_learning_rate(optimizer, lr)
         images = normalise(to_unit(pictures, device), spec)

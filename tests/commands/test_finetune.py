@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,22 @@ def test_speed_waiting_and_memory_are_logged(finetuned: Done) -> None:
         assert line["memory_mib"] > 0
         assert 0 <= line["data_wait_percent"] <= 100
         assert 0 < line["mfu_percent"] < 100
+
+
+def test_a_look_does_not_slow_the_pace(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = beit.commands.finetune.Validation.look
+
+    def slow(self: Any, step: int, weights: Any) -> None:
+        if step < 6:
+            time.sleep(3)
+        look(self, step, weights)
+
+    monkeypatch.setattr(beit.commands.finetune.Validation, "look", slow)
+    done = run(tmp_path / "run", "finetune", shapes, **{**MINI, "log_every": 1}, workers=0)
+    slowed = done.metrics[3]  # the fourth step begins with the look after the third
+    assert 12 / slowed["images_per_second"] < 2
 
 
 def test_losses_are_torchs() -> None:
