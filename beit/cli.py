@@ -62,7 +62,11 @@ COMMANDS = {
     ),
     "export": (
         "Write a model as a graph for OpenVINO, ONNX Runtime or torch.export; int8 too.",
-        "beit export flowers.run --to openvino --precision int8 --pictures flowers/train",
+        "beit export flowers.run --to openvino -o flowers.xml",
+    ),
+    "bench": (
+        "Time a model in every runtime that is installed, beside transformers and timm.",
+        "beit bench flowers.run --batch-sizes 1 4",
     ),
     "check": (
         "Read every picture of a dataset once, and tell what would trouble a run.",

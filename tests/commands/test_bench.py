@@ -1,0 +1,68 @@
+"""`beit bench`: a row a case and a batch size, measured in processes of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Cli
+
+import beit.commands.bench as bench
+from beit.checkpoints import load_model
+from beit.export import export
+from beit.flops import forward_flops
+
+from .conftest import Done
+
+
+@pytest.fixture
+def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "installed", lambda runtime: runtime == "torch")
+    monkeypatch.setattr(bench, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+
+
+@pytest.mark.usefixtures("torch_alone")
+def test_each_case_has_a_row_for_each_batch_size(cli: Cli, finetuned: Done, tmp_path: Path) -> None:
+    file = tmp_path / "graph.pt2"
+    model = load_model(finetuned.folder)
+    export(model, file, "torch")
+    words = {"batch_sizes": 2, "repeats": 3, "rounds": 2, "graphs": file, "threads": 1}
+    code, out, _ = cli("bench", finetuned.folder, **words, json=True)
+    assert code == 0
+    result = json.loads(out)
+    assert [(r["name"], r["batch"]) for r in result["rows"]] == [
+        ("beit torch fp32", 2),
+        ("graph.pt2", 2),
+    ]
+    for row in result["rows"]:
+        assert row["batches"] == 6
+        assert 0 < row["ms_min"] <= row["ms_p50"] <= row["ms_p99"]
+        assert row["images_per_second"] == pytest.approx(2000 / row["ms_p50"])
+        gflops = row["images_per_second"] * forward_flops(model.config) / 1e9
+        assert row["gflops"] == pytest.approx(gflops)
+        share = gflops / result["ceiling_gflops"]["fp32"]
+        assert row["share_of_ceiling"] == pytest.approx(share)
+        assert row["peak_mib"] > 100
+
+
+def test_what_is_timed_is_the_model_beside_the_same_weights_in_transformers(
+    finetuned: Done, tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).standard_normal((2, 3, 32, 32), np.float32)
+    answers = []
+    for runtime in ("torch", "transformers"):
+        case = {"runtime": runtime, "precision": "fp32", "model": str(finetuned.folder), "threads": None}
+        run, size = bench.runner(case)
+        assert size == (32, 32)
+        answer = run(images)
+        answers.append(np.asarray(getattr(answer, "logits", answer)))
+    np.testing.assert_allclose(answers[0], answers[1], atol=1e-4)
+
+
+def test_a_wrong_file_is_named_before_anything_is_timed(cli: Cli, tmp_path: Path) -> None:
+    code, out, err = cli("bench", tmp_path / "no.onnx")
+    assert (code, out) == (5, "")
+    assert "no.onnx does not exist" in err
