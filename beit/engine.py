@@ -583,6 +583,16 @@ def halve(model: Beit) -> None:
     model.patch_embed.register_forward_hook(lambda module, args, patches: patches.float())
 
 
+def known_choice(path: Path) -> str:
+    """What `auto` was found to be for a model file or folder on this machine, in words, if it was."""
+    engine = Engine.__new__(Engine)  # to name the file of the choice; nothing is opened
+    engine._path, engine._model, engine._key, engine.threads = path, None, "", None
+    choice = engine._kept_choice("auto")
+    if choice is None:
+        return "not measured here yet; the first classify or embed does"
+    return f"{choice['runtime']} {choice['precision']}: {choice['why']}"
+
+
 def agree(ours: np.ndarray, exact: np.ndarray, precision: str, output: Output) -> tuple[bool, float]:
     """Whether outputs (B, ...) are those of torch in fp32 but for rounding and ties; the lowest cosine."""
     a, b = ours.reshape(len(ours), -1), exact.reshape(len(exact), -1)

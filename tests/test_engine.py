@@ -21,7 +21,7 @@ from PIL import Image
 
 from beit.checkpoints import CheckpointError, load, save
 from beit.data import open_source
-from beit.engine import Engine, Prediction, TorchModel, agree
+from beit.engine import Engine, Prediction, TorchModel, agree, known_choice
 from beit.export import export
 from beit.graphs import Embedding, GraphError, Output
 from beit.image import IMAGENET_MEAN, IMAGENET_STD, BadImage, ImageSpec, preprocess, read_image
@@ -511,6 +511,10 @@ def test_auto_measures_once_and_then_opens_the_graph_without_loading_the_model(
     assert first.why.startswith(f"fastest of those that agree with torch in fp32: {first.runtime} ")
     (choice,) = cache.glob("choice-*")
     assert json.loads(choice.read_text())["ms"].keys() == {"torch", "openvino", "onnx"}
+
+    assert known_choice(folder).startswith("not measured here yet")  # in `auto`, that is
+    kept = Engine(folder)
+    assert known_choice(folder) == f"{kept.runtime} {kept.precision}: {kept.why}"
 
     def never(*_: object) -> None:
         raise AssertionError("the model was loaded")

@@ -37,7 +37,7 @@ class Bench:
     model: str
     """Model folder or file, hub:owner/name, a name that `beit models` lists, or a file of `beit export`."""
     _: KW_ONLY
-    batch_sizes: tuple[PositiveInt, ...] = (1, 4, 16)
+    batch_sizes: Annotated[tuple[PositiveInt, ...], Parameter(consume_multiple=True)] = (1, 4, 16)
     """Pictures that a model sees at once."""
     threads: PositiveInt | None = None
     """Of each runtime; its own choice if not given."""

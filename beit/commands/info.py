@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
 from beit.checkpoints import describe_family, find_weights, is_tokenizer, load_tokenizer
+from beit.engine import known_choice
 from beit.hub import resolve, sha256_of
 
 
@@ -36,6 +37,8 @@ def info(settings: Info) -> dict[str, Any]:
         describe_tokenizer(path, settings) if is_tokenizer(path) else describe_encoder(path, settings)
     )
     facts["sha256"] = sha256_of(path)
+    if not is_tokenizer(path):
+        facts["runtime"] = known_choice(path)
     if settings.json:
         print(json.dumps(facts, ensure_ascii=False))
         return facts
