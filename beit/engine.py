@@ -218,7 +218,9 @@ class Engine:
             and not _has_gpu(self._device)
         ):
             try:
-                choice = self._kept_choice(precision) or self._measure(precision, others)
+                choice = kept_choice(self._model_key(), self.threads, precision) or self._measure(
+                    precision, others
+                )
                 self.runtime, self.precision = choice["runtime"], choice["precision"]
                 self.why = choice["why"]
                 if self.runtime != "torch":
@@ -431,17 +433,12 @@ class Engine:
 
     def _model_key(self) -> str:
         """A name for the model and for the versions that its graphs depend on."""
-        if not self._key:
-            if self._path is not None:
-                digest = hashlib.sha256(sha256_of(self._path).encode())
-                files = sorted(self._path.glob("*.json")) if self._path.is_dir() else []
-                for file in files:
-                    digest.update(file.read_bytes())
-            else:
-                from beit.export import hash_of
+        if not self._key and self._path is not None:
+            self._key = key_of(self._path)
+        elif not self._key:
+            from beit.export import hash_of
 
-                digest = hashlib.sha256(hash_of(self._loaded()).encode())
-            self._key = hashlib.sha256((digest.hexdigest() + _versions()).encode()).hexdigest()[:24]
+            self._key = _digest(hash_of(self._loaded()) + _versions())
         return self._key
 
     def _graph(self, output: Output) -> Graph:
@@ -468,17 +465,6 @@ class Engine:
         return self._graphs[output]
 
     # --- Which is fastest ---
-
-    def _choice_file(self, precision: Precision) -> Path:
-        facts = f"{self._model_key()} {machine()} {self.threads} {precision}"
-        return _cache() / f"choice-{hashlib.sha256(facts.encode()).hexdigest()[:24]}.json"
-
-    def _kept_choice(self, precision: Precision) -> dict[str, Any] | None:
-        try:
-            choice: dict[str, Any] = json.loads(self._choice_file(precision).read_text())
-        except (OSError, ValueError):
-            return None
-        return choice if choice["runtime"] == "torch" or installed(choice["runtime"]) else None
 
     def _measure(self, precision: Precision, others: list[str]) -> dict[str, Any]:
         """Time each runtime that agrees with torch in fp32 on three pictures; keep the answer."""
@@ -535,7 +521,10 @@ class Engine:
             why += f"; {name} left out: {reason}"
         choice = {"runtime": fastest, "precision": wanted, "why": why, "ms": ms}
         self._graphs = {}
-        write_atomically(self._choice_file(precision), json.dumps(choice, indent=1).encode())
+        write_atomically(
+            _choice_file(self._model_key(), self.threads, precision),
+            json.dumps(choice, indent=1).encode(),
+        )
         return choice
 
 
@@ -583,14 +572,35 @@ def halve(model: Beit) -> None:
     model.patch_embed.register_forward_hook(lambda module, args, patches: patches.float())
 
 
+def key_of(path: Path) -> str:
+    """A name for a model file or folder, and for the versions that its graphs depend on."""
+    files = sorted(path.glob("*.json")) if path.is_dir() else []
+    return _digest(sha256_of(path) + "".join(file.read_text() for file in files) + _versions())
+
+
+def _choice_file(key: str, threads: int | None, precision: str) -> Path:
+    return _cache() / f"choice-{_digest(f'{key} {machine()} {threads} {precision}')}.json"
+
+
+def kept_choice(key: str, threads: int | None, precision: str) -> dict[str, Any] | None:
+    """What was measured before to be the fastest for a model on this machine."""
+    try:
+        choice: dict[str, Any] = json.loads(_choice_file(key, threads, precision).read_text())
+    except (OSError, ValueError):
+        return None
+    return choice if choice["runtime"] == "torch" or installed(choice["runtime"]) else None
+
+
 def known_choice(path: Path) -> str:
     """What `auto` was found to be for a model file or folder on this machine, in words, if it was."""
-    engine = Engine.__new__(Engine)  # to name the file of the choice; nothing is opened
-    engine._path, engine._model, engine._key, engine.threads = path, None, "", None
-    choice = engine._kept_choice("auto")
+    choice = kept_choice(key_of(path), None, "auto")
     if choice is None:
         return "not measured here yet; the first classify or embed does"
     return f"{choice['runtime']} {choice['precision']}: {choice['why']}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def agree(ours: np.ndarray, exact: np.ndarray, precision: str, output: Output) -> tuple[bool, float]:
