@@ -38,7 +38,7 @@ COMMANDS = {
     ),
     "finetune": (
         "Fine-tune a model on labelled pictures.",
-        "beit finetune flowers/ -m pretrained -o flowers.run",
+        "beit finetune flowers/",
     ),
     "probe": (
         "Probe a model's frozen features: linear, k-NN, attentive, few-shot.",
