@@ -138,6 +138,42 @@ def open_source(location: str | Path, split: str = "train", labelled: bool = Fal
     return ImageSource(listing.places, listing.labels, listing.classes)
 
 
+def find_pictures(places: list[str], command: str) -> list[ImageSource | str]:
+    """What the places name, in order: sources, whose pictures are listed now, paths, and - for stdin.
+
+    A missing file is an answer with an error later, unless nothing that was named exists. command: whose
+    settings the places stood among.
+    """
+    found: list[ImageSource | str] = []
+    for place in places:
+        if place == "-":
+            found.append(place)
+        elif place.startswith("-") and not exists(place):  # what cyclopts lets pass for the sake of -
+            raise ValueError(f"{place} is no setting of {command}; `beit {command} --help` tells them")
+        elif exists(place) and is_folder(place):
+            pictures = list_folder(place).places  # all of them, whatever split they are in
+            nothing = np.empty(0, dtype=np.int64)
+            found.append(ImageSource(pictures, nothing, ()) if len(pictures) else open_source(place))
+        elif place.endswith((".txt", ".csv", ".tar", ".parquet")) and not _is_pattern(place):
+            found.append(open_source(place))
+        elif _is_pattern(place):
+            matched = expand(place)
+            if not matched:
+                raise ValueError(f"{place} matches no file")
+            found += find_pictures(matched, command)
+        else:
+            found.append(place)
+    files = [place for place in found if isinstance(place, str)]
+    if files and len(files) == len(found) and not any(p == "-" or exists(p) for p in files):
+        more = f", nor do {len(files) - 1} others" if len(files) > 1 else ""
+        raise ValueError(f"{files[0]} does not exist{more}")
+    return found
+
+
+def _is_pattern(place: str) -> bool:
+    return re.search(r"[*?{[]", place) is not None and not exists(place)
+
+
 def has_split(location: str | Path, split: str) -> bool:
     """Whether a place has pictures of a split apart from those of others."""
     place = _address(location)

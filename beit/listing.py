@@ -25,7 +25,7 @@ import sys
 import tarfile
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -397,6 +397,14 @@ def _remote_files(root: str) -> Iterator[str]:
 
 
 # --- Lists ---------------------------------------------------------------------------------------
+
+
+def list_names(names: Iterable[str]) -> Listing:
+    """Pictures named one by one; whether one is there shows when it is read."""
+    rows = _Rows()
+    for name in names:
+        rows.add(name, None)
+    return rows.listing([""])
 
 
 def list_text(file: str) -> Listing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,14 +11,12 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
-import numpy as np
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
 from beit.atomic import replacing
-from beit.data import ImageSource, open_source
+from beit.data import ImageSource, find_pictures
 from beit.engine import Engine, Entry, Picture, Precision, Prediction, Runtime
-from beit.listing import exists, expand, is_folder, list_folder
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 ROWS = 4096  # of a Parquet file, written at once
@@ -73,7 +70,7 @@ def classify(settings: Classify) -> None:
         raise CannotWrite(f"cannot write {out}: {out.parent} is not a folder")
     if out is not None and out.suffix == ".parquet":
         _need_pyarrow(out)
-    places = find_pictures(settings.images)
+    places = find_pictures(settings.images, "classify")
     engine = Engine(
         settings.model,
         settings.runtime,
@@ -102,37 +99,6 @@ def classify(settings: Classify) -> None:
 # --- Pictures ------------------------------------------------------------------------------------
 
 
-def find_pictures(places: list[str]) -> list[ImageSource | str]:
-    """What the places name, in order: sources, whose pictures are listed now, paths, and - for stdin.
-
-    A missing file is an answer with an error later, unless nothing that was named exists.
-    """
-    found: list[ImageSource | str] = []
-    for place in places:
-        if place == "-":
-            found.append(place)
-        elif place.startswith("-") and not exists(place):  # what cyclopts lets pass for the sake of -
-            raise ValueError(f"{place} is no setting of classify; `beit classify --help` tells them")
-        elif exists(place) and is_folder(place):
-            pictures = list_folder(place).places  # all of them, whatever split they are in
-            nothing = np.empty(0, dtype=np.int64)
-            found.append(ImageSource(pictures, nothing, ()) if len(pictures) else open_source(place))
-        elif place.endswith((".txt", ".csv", ".tar", ".parquet")) and not _is_pattern(place):
-            found.append(open_source(place))
-        elif _is_pattern(place):
-            matched = expand(place)
-            if not matched:
-                raise ValueError(f"{place} matches no file")
-            found += find_pictures(matched)
-        else:
-            found.append(place)
-    files = [place for place in found if isinstance(place, str)]
-    if files and len(files) == len(found) and not any(p == "-" or exists(p) for p in files):
-        more = f", nor do {len(files) - 1} others" if len(files) > 1 else ""
-        raise ValueError(f"{files[0]} does not exist{more}")
-    return found
-
-
 def each_picture(places: list[ImageSource | str]) -> Iterator[Picture]:
     """The pictures, one after the other, as they are asked for."""
     for place in places:
@@ -142,10 +108,6 @@ def each_picture(places: list[ImageSource | str]) -> Iterator[Picture]:
             yield from filter(None, (line.rstrip("\r\n") for line in sys.stdin))
         else:
             yield place
-
-
-def _is_pattern(place: str) -> bool:
-    return re.search(r"[*?{[]", place) is not None and not exists(place)
 
 
 # --- Answers -------------------------------------------------------------------------------------
