@@ -52,6 +52,18 @@ COMMANDS = {
         "Classify pictures.",
         "beit classify photos/ -m flowers.run --top 3 -o out.csv",
     ),
+    "embed": (
+        "Embed any number of pictures, in shards; goes on where it was stopped.",
+        "beit embed photos/ -m base-224 -o vectors",
+    ),
+    "search": (
+        "Find the pictures of `beit embed` that are most like one.",
+        "beit search vectors photo.jpg --sheet sheet.jpg",
+    ),
+    "doctor": (
+        "Tell what is installed, how fast this machine is, and what would make it faster.",
+        "beit doctor",
+    ),
     "models": (
         "List the released models, and what to type for each.",
         "beit models beitv2",
@@ -143,6 +155,8 @@ def run() -> None:
         words.remove("--offline")
         os.environ["BEIT_OFFLINE"] = "1"
     try:
+        if words[:2] == ["bench", "pretrain"]:
+            words[:2] = ["bench-pretrain"]
         if words and not words[0].startswith("-") and words[0] not in COMMANDS:
             raise ValueError(f"there is no command {words[0]!r}; {nearest(words[0], COMMANDS)}")
         app.config = []

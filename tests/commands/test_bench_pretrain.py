@@ -38,6 +38,12 @@ def test_each_part_is_timed_and_mfu_is_its_share_of_the_peak(
             assert row["mfu_percent"] == pytest.approx(100 * row["images_per_second"] * flops / 0.5e12)
 
 
+def test_bench_pretrain_may_be_two_words(cli: Cli) -> None:
+    code, out, _ = cli("bench", "pretrain", "--help")
+    assert code == 0
+    assert "part by part" in out
+
+
 def test_a_table_for_people(cli: Cli, tokenizer: Done) -> None:
     code, out, _ = cli(
         "bench-pretrain", model="beit_mini_patch8_32", tokenizer=tokenizer.folder, turns=1, steps=1
