@@ -49,7 +49,7 @@ from beit.classifier_report import (
     suspects_of,
     write_label_review,
 )
-from beit.data import ImageSource, Loader, batch_at, sample_rng
+from beit.data import BadImages, ImageSource, Loader, batch_at, open_source, sample_rng
 from beit.engine import Engine
 from beit.features import default_layer
 from beit.flops import peak_flops, training_flops
@@ -192,6 +192,7 @@ def finetune(settings: Finetune) -> dict[str, Any]:
 
 def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
     """This process's share of it; returns the numbers of the finished model."""
+    open_source(settings.data, labelled=True)  # refuses what is none, before anything is waited for
     start = load_start(settings)
     data = open_labelled(
         settings.data, settings.val, settings.val_share, settings.seed, settings.workers
@@ -206,6 +207,10 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
 
     result: dict[str, Any] = {}
     frozen = None
+    if settings.method == "head":  # which has no loop that would count them
+        count = sum(map(len, data.everything))
+        bad = BadImages(run.out / "bad_images.csv", count, settings.max_bad_images)
+        distributed.on_main(lambda: bad.add(data.divided.bad))
     if settings.method != "full":
         frozen = distributed.on_main(lambda: fit_head(settings, data, model))
     if settings.method != "head":
@@ -695,16 +700,23 @@ def review(
     pictures = [(s, int(i)) for s, f in zip(sources, found, strict=True) for i in f.kept]
     features = torch.cat([f.layers[layer] for f in found])
     labels = torch.tensor([int(source.labels[i]) for source, i in pictures])
+    kind = "frozen features" if frozen is not None else "trained features"
+    assert settings.model is not None
+    if is_fresh(settings.model) and data.divided.looked is not None:
+        # What begins from nothing knows little of shapes; small pictures tell more.
+        sides = zip((data.divided.train, data.divided.val), found, strict=False)
+        numbers = np.concatenate([side[f.kept] for side, f in sides])
+        thumbnails = torch.from_numpy(data.divided.looked.thumbnails[numbers]).flatten(1).float() / 64
+        features, kind = torch.cat([features, thumbnails], dim=1), f"{kind} and thumbnails"
     probability = out_of_fold(features, labels, len(data.classes), seed=settings.seed)
     suspects = suspects_of(pictures, labels, data.classes, review_labels(probability, labels), features)
     right = float((probability.argmax(dim=1) == labels).double().mean())
     write_label_review(run.out / "label_review.csv", suspects)
-    kind = "frozen" if frozen is not None else "trained"
     label_errors(
         page,
         suspects,
-        f"Judged by a linear probe on {kind} features, which is right for {right:.1%} of the labels that "
-        "it has not seen.",
+        f"Judged by a linear probe on {kind}, which is right for {right:.1%} of the labels that it has "
+        "not seen.",
     )
 
 

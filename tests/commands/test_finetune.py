@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ENVIRONMENT, Cli, command_line, write_shapes
+from PIL import Image
 from safetensors.torch import load_file
 
 import beit.commands.finetune
@@ -621,3 +622,42 @@ def test_copies_in_both_parts_are_said(shapes: Path, tmp_path: Path) -> None:
     shutil.copy(one, other)
     done = run(tmp_path / "run", "finetune", tmp_path / "data", **MINI, no_report=True)
     assert f"1 pictures are in both parts, which makes numbers too good: {other} is {one}" in done.said
+
+
+@pytest.mark.parametrize("val_share", [0, 0.2])
+def test_planted_wrong_labels_come_first_in_the_review_also_from_nothing(
+    tmp_path: Path, val_share: float
+) -> None:
+    """Of 5 % wrong labels on handwritten digits, 80 % are in the first 10 % of the list."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    rng = np.random.default_rng(0)
+    wrong = set(rng.permutation(600)[:30].tolist())
+    for number, (image, digit) in enumerate(zip(digits.images[:600], digits.target, strict=False)):
+        label = (digit + rng.integers(1, 10)) % 10 if number in wrong else digit
+        folder = tmp_path / "data" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.round(image * 255 / 16).astype(np.uint8)).save(folder / f"{number}.png")
+    options = {**QUICK, "method": "head", "model": "beit_mini_patch8_32", "val_share": val_share}
+    done = run(tmp_path / "run", "finetune", tmp_path / "data", **options)
+    with (done.folder / "label_review.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 600
+    first = {int(Path(row["path"]).stem) for row in rows[:60]}
+    assert len(first & wrong) >= 0.8 * len(wrong)
+
+
+def test_a_head_is_not_fitted_where_too_many_pictures_are_bad(
+    shapes: Path, tmp_path: Path, cli: Cli
+) -> None:
+    shutil.copytree(shapes / "train", tmp_path / "data")
+    for number in range(3):
+        (tmp_path / "data" / "disc" / f"{number:02d}.png").write_text("no picture")
+    options = {**QUICK, "method": "head", "model": "beit_mini_patch8_32", "out": tmp_path / "run"}
+    code, _, err = cli("finetune", tmp_path / "data", **options)
+    assert code == 4
+    assert "3 of 36 pictures cannot be read" in err
+    code, _, err = cli(
+        "finetune", tmp_path / "data", **{**options, "out": tmp_path / "b"}, max_bad_images=0.2
+    )
+    assert code == 0
+    assert len((tmp_path / "b" / "bad_images.csv").read_text().splitlines()) == 4
