@@ -21,7 +21,7 @@ FLOORS = {
     4: {"commands"},  # and every file in it
     3: {"engine", "probe", "report", "split", "labelled", "frozen", "validation",
         "classifier_report", "watch"},
-    2: {"features", "export", "checkpoints", "data", "run", "visualize"},
+    2: {"features", "export", "checkpoints", "data", "run", "visualize", "embeddings"},
     1: {"vqkd", "augment", "unpickle", "hub", "layouts", "configs", "handover", "distributed",
         "listing", "snapshots", "flops", "duplicates", "graphs"},
     0: {"model", "relative_position", "tokenizer", "masking", "image", "metrics", "optim", "precision",
