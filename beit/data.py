@@ -45,6 +45,8 @@ T = TypeVar("T")
 SPLIT_NAMES = {"val": ("val", "validation", "valid")}  # what folders and shards of a split are called
 MANIFEST = "shards.json"  # how many shards of a split `beit shard` makes
 MOST_IN_A_ROW = 100  # unreadable pictures, then it is the disk
+SMALL = 64  # pixels a side: such a picture is decoded once and kept, up to
+KEPT_BYTES = 64 << 20  # of them in each process
 
 
 # --- Sources -------------------------------------------------------------------------------------
@@ -389,6 +391,8 @@ class Loader:
         self.source, self.batch_size, self.seed, self.workers = source, batch_size, seed, workers
         self.bad_images, self.rank, self.world = bad_images, rank, world
         self._unreadable: set[int] = set()
+        self._kept: dict[int, np.ndarray] = {}  # small pictures, decoded
+        self._kept_bytes = 0
 
     @classmethod
     def of_run(
@@ -435,7 +439,7 @@ class Loader:
                     continue
                 try:
                     # The place keeps its draws, so that a stand-in is not the same crop twice.
-                    value = prepare(self.source.open(chosen), sample_rng(seed, epoch, index))
+                    value = prepare(self._open(chosen), sample_rng(seed, epoch, index))
                 except BadImage as error:
                     bad.append(Bad(chosen, self.source.name(chosen), error.code, error.reason))
                     self._unreadable.add(chosen)
@@ -445,6 +449,20 @@ class Loader:
             else:
                 return _Made(samples, bad, min(MOST_IN_A_ROW, size))
         return _Made(samples, bad, 0)
+
+    def _open(self, index: int) -> OpenImage:
+        """A picture; a small one whole, kept or not, so that its pixels are always the same."""
+        if index in self._kept:
+            return open_image(self._kept[index])
+        picture = self.source.open(index)
+        if max(picture.size) > SMALL:
+            return picture
+        pixels = picture.read()
+        pixels.flags.writeable = False
+        if self._kept_bytes + pixels.nbytes <= KEPT_BYTES:
+            self._kept[index] = pixels
+            self._kept_bytes += pixels.nbytes
+        return open_image(pixels)
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         """A sample, then those at the next positions of its epoch, should it be bad."""

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import beit.data
 from beit.augment import TwoViews
 from beit.data import (
     MOST_IN_A_ROW,
@@ -333,6 +334,31 @@ def seen(loader: Loader, steps: range) -> list[Seen]:
         [(index, tuple(part.tobytes() for part in parts)) for index, parts in batch]
         for batch in loader.batches(steps, crops_and_mask)
     ]
+
+
+def test_small_pictures_are_read_once_and_are_the_same_when_none_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(6):  # JPEGs that a crop of 16 pixels could be decoded at half their size for
+        Image.fromarray(rng.integers(0, 255, (60, 62, 3), dtype=np.uint8)).save(
+            tmp_path / f"{number}.jpg"
+        )
+    Image.fromarray(rng.integers(0, 255, (70, 60, 3), dtype=np.uint8)).save(tmp_path / "large.jpg")
+    source = open_source(tmp_path)
+    opened: list[int] = []
+    open_one = ImageSource.open
+
+    def watch(self: ImageSource, index: int) -> OpenImage:
+        opened.append(index)
+        return open_one(self, index)
+
+    monkeypatch.setattr(ImageSource, "open", watch)
+    kept = seen(loader_of(source, tmp_path, batch_size=7), range(3))
+    assert sorted(opened) == [0, 1, 2, 3, 4, 5, 6, 6, 6], "the large one each time"
+    monkeypatch.setattr(beit.data, "KEPT_BYTES", 0)
+    assert seen(loader_of(source, tmp_path, batch_size=7), range(3)) == kept
+    assert len(opened) == 9 + 21
 
 
 @pytest.fixture(scope="module")
