@@ -443,8 +443,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 def _csv(header: str, rows: Sequence[Sequence[Any]]) -> bytes:
     stream = io.StringIO()
-    stream.write(header + "\n")
-    csv.writer(stream, lineterminator="\n").writerows(rows)
+    csv.writer(stream).writerows([header.split(","), *rows])
     return stream.getvalue().encode(errors="surrogateescape")  # names of files need not be UTF-8
 
 
