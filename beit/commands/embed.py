@@ -346,7 +346,7 @@ def embed_shard(
         if (index + 1) % engine.batch_size == 0:
             progress.update(before + index + 1 - indices.start, f"{len(bad)} bad in shard {shard}")
     vectors = vectors[: len(ids)]
-    finite = np.isfinite(vectors).reshape(len(ids), -1).all(axis=1)
+    finite = np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim)))
     if not finite.all():
         _, path = ids[int(np.argmin(finite))]
         raise ValueError(
