@@ -3,13 +3,14 @@
 # make check  ruff and mypy alone
 # make bench  the measured tables of benchmarks/results (minutes to hours; not part of make test)
 # make chaos  200 kills, 50 stops, full disks, damaged files (20 min; make test does a few of each)
+# make chaos-embed  200 kills of beit embed on 5,000 pictures (minutes)
 # Each sets up .venv first. `make demo DEMO_ARGS=--fast` takes under a minute.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
 
-.PHONY: demo test check bench chaos clean
+.PHONY: demo test check bench chaos chaos-embed clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -28,6 +29,9 @@ bench: .venv/installed
 
 chaos: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
+
+chaos-embed: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos_embed.py
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -222,7 +222,13 @@ class Embeddings:
                 return seals
             try:
                 if bad:
-                    write_atomically(file, content)
+                    scratch = make_scratch(self.folder)  # swept, should this process be killed
+                    try:
+                        (scratch / BAD_IMAGES).write_bytes(content)
+                        flush(scratch / BAD_IMAGES)
+                        os.replace(scratch / BAD_IMAGES, file)
+                    finally:
+                        shutil.rmtree(scratch, ignore_errors=True)
                 else:
                     file.unlink(missing_ok=True)
             except OSError as error:
