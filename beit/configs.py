@@ -70,9 +70,12 @@ def describe_model(model: Beit, provenance: dict[str, Any]) -> dict[str, Any]:
         names = [model.id2label.get(i, str(i)) for i in range(c.num_classes)]
         content["id2label"] = {str(i): name for i, name in enumerate(names)}
         content["label2id"] = {name: i for i, name in enumerate(names)}
+        if c.several_labels:
+            content["problem_type"] = SEVERAL_LABELS
     return content
 
 
+SEVERAL_LABELS = "multi_label_classification"  # transformers' problem_type
 WHOLE = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 DEFAULT_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves these two out of the file
 
@@ -111,6 +114,7 @@ def read_transformers_config(content: dict[str, Any]) -> BeitConfig:
         layer_norm_eps=eps,
         drop_path_rate=drop_path_rate,
         num_classes=len(content.get("id2label", {})),
+        several_labels=content.get("problem_type") == SEVERAL_LABELS,
         vocab_size=content.get("vocab_size", 8192),
         early_layer=ours.get("early_layer", 0),
         head_layers=ours.get("head_layers", 2),

@@ -86,7 +86,7 @@ class Prediction:
 
     path: str
     label: str | None
-    score: float | None  # probability of `label`
+    score: float | None  # probability of `label`; where pictures show several classes, each has its own
     top: tuple[tuple[str, float], ...]  # the best classes, most likely first
     error: str | None = None
     ms: float | None = field(
@@ -326,13 +326,16 @@ class Engine:
             raise ValueError(f"top {top} is not 1 or more")
         labels = self.labels
         width = min(top, len(labels))
+        several = (
+            self._about.config["several_labels"] if self._about else self.model.config.several_labels
+        )
 
         def answers() -> Iterator[Prediction]:
             for name, logits, ms in self._answers(images, self.logits_array):
                 if isinstance(logits, BadImage):
                     yield Prediction(name, None, None, (), logits.reason)
                     continue
-                scores = softmax(logits)
+                scores = sigmoid(logits) if several else softmax(logits)
                 ranked = tuple(
                     (labels[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:width]
                 )
@@ -622,6 +625,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """(C,) logits -> (C,) probabilities."""
     powers = np.exp(logits - logits.max())
     return powers / powers.sum()
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """(C,) logits -> (C,) probabilities, each of its own class alone."""
+    positive: np.ndarray = 1 / (1 + np.exp(-np.abs(logits)))
+    return np.where(logits >= 0, positive, 1 - positive)
 
 
 def machine() -> str:

@@ -60,6 +60,7 @@ class BeitConfig:
     layer_norm_eps: float = 1e-6
     drop_path_rate: float = 0.0  # of the last block; rises linearly from 0
     num_classes: int = 1000  # 0 builds no classifier
+    several_labels: bool = False  # a picture may show several classes: sigmoids, not one softmax
     vocab_size: int = 8192
     early_layer: int = 0  # v2: class token meets the patches of this block again; 0 turns it off
     head_layers: int = 2  # v2: the extra blocks in which it does

@@ -221,6 +221,7 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
         final, told = the_better(frozen, tuned, data.val, device)
         result |= told
     final.eval()
+    final.config = replace(final.config, several_labels=data.several)
     logits = np.empty(0)
     if data.val is not None:
         logits = logits_of(scorer(final, device), data.val.source)
@@ -234,7 +235,6 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
         "made_by": "beit finetune",
         "pictures": len(data.train.source),
         **result,
-        **({"several_labels": True} if data.several else {}),
         **({"batch_size": settings.batch_size} if settings.batch_size else {}),
         "seed": settings.seed,
         "data_hash": data_hash(data.everything, data.divided.looked),

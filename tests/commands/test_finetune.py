@@ -28,6 +28,7 @@ from beit.checkpoints import load
 from beit.commands.finetune import Criterion, Finetune, class_weights
 from beit.data import ImageSource, open_source
 from beit.engine import Engine
+from beit.image import preprocess, read_image
 from beit.model import VARIANTS, BeitForImageClassification
 from beit.run import read_metrics
 
@@ -547,7 +548,14 @@ def test_a_csv_with_several_labels_trains_a_question_a_class(tmp_path: Path) -> 
     assert "mean average precision on 9 validation pictures" in done.said
     assert done.result["val_accuracy"] > 0.8  # chance is about the classes' shares, 0.44
     config = json.loads((done.folder / "config.json").read_text())
-    assert config["beit"]["provenance"]["several_labels"] is True
+    assert config["problem_type"] == "multi_label_classification"  # transformers' word for it
+    picture = tmp_path / "disc" / "00.png"
+    engine = Engine(done.folder, "torch", "fp32")
+    (answer,) = engine.classify(picture)
+    logits = engine.logits_array(preprocess(read_image(picture), engine.image_spec)[None])[0]
+    scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    assert dict(answer.top) == pytest.approx(dict(zip(engine.labels, scores, strict=True)), abs=1e-6)
+    assert sum(score for _, score in answer.top) != pytest.approx(1, abs=0.05), "no softmax"
 
 
 def test_the_run_is_named_for_its_data() -> None:
