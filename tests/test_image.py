@@ -795,7 +795,7 @@ def test_every_door_shows_a_network_the_same_pixels(tmp_path: Path) -> None:
     import torch
 
     from beit.configs import describe_processor
-    from beit.data import open_source
+    from beit.data import BadImages, Loader, open_source
     from beit.engine import Engine
     from beit.model import BeitConfig, BeitForImageClassification
 
@@ -816,11 +816,20 @@ def test_every_door_shows_a_network_the_same_pixels(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert len(source) == len(paths)
     shown: list[torch.Tensor] = []
-    model.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
+    model.patch_embed.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
     engine = Engine(model, device="cpu", runtime="torch", precision="fp32")
     answers = list(engine.classify([str(path) for path in paths]))
     assert [answer.error for answer in answers] == [None] * len(paths)
     seen = torch.cat(shown).numpy()
+    shown.clear()
+    assert [answer.error for answer in engine.embed(source)] == [None] * len(paths)
+    np.testing.assert_array_equal(torch.cat(shown).numpy(), seen)
+
+    bad_images = BadImages(tmp_path / "bad.csv", len(source), 0.0)
+    loader = Loader(source, len(source), seed=0, workers=0, bad_images=bad_images)
+    (trained_on,) = loader.batches(range(1), lambda picture, rng: picture.read())
+    for number, pixels in trained_on:
+        np.testing.assert_array_equal(pixels, read_image(paths[number]), err_msg=paths[number].name)
 
     for number, path in enumerate(paths):
         image = read_image(path)
