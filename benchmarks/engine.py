@@ -41,7 +41,6 @@ RATIO_TO = "transformers fp32"
 
 
 def main() -> None:
-    sys.path.remove(str(Path(__file__).parent))  # tokenizers.py beside it is not transformers'
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     kinds = parser.add_subparsers(dest="what", required=True)
     speed_ = kinds.add_parser("speed")

@@ -1,7 +1,7 @@
 """`beit finetune` against a plain loop over transformers' model, at equal budget, from equal weights.
 
-    python -P benchmarks/finetune.py --pictures cifar10 --size beit_mini_patch8_32 --out runs/cifar10
-    python -P benchmarks/finetune.py --pictures imagenette --size beit_tiny_patch8_64 --out runs/imagenette
+    python benchmarks/finetune.py --pictures cifar10 --size beit_mini_patch8_32 --out runs/cifar10
+    python benchmarks/finetune.py --pictures imagenette --size beit_tiny_patch8_64 --out runs/imagenette
 
 pictures: what `beit finetune` takes, with train and val in it; or CIFAR-10 as train.tar.xz and
 test.tar.xz, one folder a class, which are unpacked. Both sides begin with the same weights, from nothing
@@ -9,7 +9,6 @@ and from an encoder that is pre-trained here on the same pictures without labels
 with the same kind of crops, AdamW, schedule, batch and number format. The plain loop is the usual one: a
 DataLoader of two workers, loss.backward(), optimizer.step(). Seconds an epoch are of training alone.
 
--P keeps tokenizers.py, which lies beside this file, from hiding the library of that name.
 Resumable: a side that has ended is not run again; one that was cut goes on after its last whole epoch,
 ours after its last checkpoint. Prints the table in Markdown, then one JSON line.
 """

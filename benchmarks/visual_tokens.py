@@ -1,7 +1,7 @@
 """Two questions about tokenizers: how fast DALL-E's encodes, and what to teach VQ-KD without a teacher.
 
-    python benchmarks/tokenizers.py speed
-    python benchmarks/tokenizers.py targets DATA --arm pixels
+    python benchmarks/visual_tokens.py speed
+    python benchmarks/visual_tokens.py targets DATA --arm pixels
 
 `targets` trains a small tokenizer on one target (or our dVAE), pre-trains `beit_mini_patch8_32` on its
 tokens, and probes that: everything equal but the target. DATA has train/ and val/ pictures with
