@@ -318,14 +318,18 @@ def test_equal_vectors_come_in_their_order(tmp_path: Path) -> None:
 
 
 def test_neighbours_that_differ_by_less_than_float32_are_told_apart(tmp_path: Path) -> None:
-    """Cosines 1 - 1e-9 times 0, 1, 2, ...: in float32 all are 1."""
-    angles = np.sqrt(2e-9 * np.arange(20))[::-1]
-    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    """Cosines from 1 to 1 - 2e-7, which a product in float32 puts into another order."""
+    query = unit(random_rows(1, width=64))
+    rows = query + 1e-4 * np.linspace(0, 1, 300, dtype=np.float32)[:, None] * unit(
+        random_rows(300, 64, 1)
+    )
+    rows = np.random.default_rng(2).permutation(rows)
     folder = filled(tmp_path / "v", rows)
-    query = np.array([[1.0, 0.0]], np.float32)
-    found = folder.nearest(query, 6)[1][0].tolist()
-    assert found == brute_force(rows, query, 6)[1][0].tolist()
-    assert found == [19, 18, 17, 16, 15, 14]
+    _, expected = brute_force(rows, query, 300)
+    coarse = np.argsort(-(unit(rows) @ query[0]), kind="stable")
+    assert coarse.tolist() != expected[0].tolist()
+    for top in range(1, 100):
+        np.testing.assert_array_equal(folder.nearest(query, top)[1], expected[:, :top])
 
 
 def test_a_vector_of_zeros_is_like_nothing(tmp_path: Path) -> None:

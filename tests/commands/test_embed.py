@@ -20,6 +20,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, Cli, command_line, draw_shape, write_shapes
 
 from beit.checkpoints import save
+from beit.commands.embed import Embed, SomeLeftOut, embed
 from beit.embeddings import Embeddings, unit
 from beit.engine import Engine
 from beit.model import BeitConfig, BeitForImageClassification
@@ -250,6 +251,21 @@ def test_processes_of_torchrun_take_their_parts_unasked(
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert done.stderr.count(" a second") == 2
     assert bytes_of(tmp_path / "v") == unbroken
+
+
+def test_under_torchrun_only_the_last_process_tells_of_bad_pictures(
+    model: Path, broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun ends all processes when the first ends with a code."""
+    settings = Embed(
+        [str(broken)], model=str(model), out=tmp_path / "v", shard_size=5, max_bad_images=0.1
+    )
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("TORCHELASTIC_RUN_ID", "1")):
+        monkeypatch.setenv(name, value)
+    assert embed(settings) == 14  # shards 0, 2 and 4, with a bad picture
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SomeLeftOut, match="2 of 27 pictures could not be read"):
+        embed(settings)
 
 
 @pytest.mark.parametrize("damage", ["npy", "csv", "json", "cut", "all"])
