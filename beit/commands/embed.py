@@ -131,7 +131,8 @@ def embed(settings: Embed) -> int:
 def which_part(given: str | None) -> tuple[int, int]:
     """(i, n) of --part i/n, or of torchrun's environment; (1, 1) where there is one process."""
     if given is None:
-        return int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1"))
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        return (int(os.environ["RANK"]) + 1, world) if world > 1 else (1, 1)
     first, slash, last = given.partition("/")
     if not (slash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise ValueError(f"--part {given} must be like 2/8: the second of eight parts")

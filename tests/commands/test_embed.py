@@ -20,7 +20,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, Cli, command_line, draw_shape, write_shapes
 
 from beit.checkpoints import save
-from beit.commands.embed import Embed, SomeLeftOut, embed
+from beit.commands.embed import Embed, SomeLeftOut, embed, which_part
 from beit.embeddings import Embeddings, unit
 from beit.engine import Engine
 from beit.model import BeitConfig, BeitForImageClassification
@@ -266,6 +266,28 @@ def test_under_torchrun_only_the_last_process_tells_of_bad_pictures(
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SomeLeftOut, match="2 of 27 pictures could not be read"):
         embed(settings)
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "part"),
+    [
+        ({}, None, (1, 1)),
+        ({"RANK": "3"}, None, (1, 1)),  # somebody else's word
+        ({"RANK": "3", "WORLD_SIZE": "4"}, None, (4, 4)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, "2/8", (2, 8)),
+    ],
+)
+def test_the_part_is_as_given_or_torchruns(
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    given: str | None,
+    part: tuple[int, int],
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert which_part(given) == part
 
 
 @pytest.mark.parametrize("damage", ["npy", "csv", "json", "cut", "all"])
