@@ -212,7 +212,7 @@ def runner(case: dict[str, Any]) -> tuple[Any, tuple[int, int]]:
         model, size = rival(case["runtime"], case["model"])
 
         def run(images: np.ndarray) -> Any:
-            with torch.inference_mode():
+            with torch.no_grad():
                 return model(torch.from_numpy(images))
 
         return run, size

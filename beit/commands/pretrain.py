@@ -304,7 +304,8 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     whole.image_spec = spec
     distributed.on_main(lambda: save(whole, run.out, provenance))
     last = {k: v for k, v in run.read_metrics()[-1].items() if isinstance(v, (int, float))}
-    guessed = f"{last.get('token_accuracy', 0):.1%} of masked tokens guessed, chance {1 / len(used):.2%}"
+    chance = 1 / tokenizer.vocab_size
+    guessed = f"{last.get('token_accuracy', 0):.1%} of masked tokens guessed, chance {chance:.2%}"
     if tokenizer.vocab_size == 8192:
         guessed += "; about 5 % is normal for 8192 tokens"
     if pixels:
