@@ -40,6 +40,7 @@ from beit.graphs import (
     GraphError,
     Kind,
     Output,
+    import_openvino,
     multiplies_bf16,
     open_graph,
     require,
@@ -246,11 +247,9 @@ def _write_onnx(program: Any, file: Path, about: About, half_size: bool) -> None
 
 
 def _write_openvino(program: Any, file: Path, about: About, half_size: bool) -> None:
-    import openvino
-
-    graph = openvino.convert_model(program)
+    graph = import_openvino().convert_model(program)
     graph.set_rt_info(about.to_json(), "beit")
-    openvino.save_model(graph, file, compress_to_fp16=half_size)
+    import_openvino().save_model(graph, file, compress_to_fp16=half_size)
 
 
 def _run(whole: nn.Module, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -454,9 +453,7 @@ def _fake_quantise_weight(weight: Tensor) -> Tensor:
 def _linears(file: Path) -> list[str]:
     """The names of a graph's products with weights, in the order of the model's linear layers."""
     if file.suffix == ".xml":
-        import openvino
-
-        graph = openvino.Core().read_model(file)
+        graph = import_openvino().Core().read_model(file)
         return [node.get_friendly_name() for node in graph.get_ordered_ops() if _has_weight(node)]
     import onnx
 
@@ -481,8 +478,8 @@ def _has_weight(node: Any) -> bool:
 def _quantise_openvino(
     exact: Path, made: Path, about: About, pictures: Sequence[np.ndarray], kept: list[str]
 ) -> None:
+    openvino = import_openvino()  # before NNCF, which reports too
     import nncf
-    import openvino
 
     graph = openvino.Core().read_model(exact)
     smaller = nncf.quantize(

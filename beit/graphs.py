@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -136,12 +137,23 @@ def multiplies_bf16() -> bool:
     return " avx512_bf16" in flags or " amx_bf16" in flags
 
 
+def import_openvino() -> Any:
+    """The `openvino` module, unable to report on its users.
+
+    OpenVINO's converter and NNCF send what they are used for to their makers, from forked processes, where
+    the package openvino_telemetry can be imported. Here it cannot.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
 class OpenVinoGraph:
     """An .xml by OpenVINO on the processor."""
 
     def __init__(self, file: Path, precision: str, threads: int | None) -> None:
-        import openvino
-
+        openvino = import_openvino()
         core = openvino.Core()
         try:
             model = core.read_model(file)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 STOPS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
@@ -64,6 +64,16 @@ class _StopNow(StopRequest):
         print(f"beit: stopped by {name}; give the same command to go on", file=sys.stderr)
         # Not Stopped: whoever reads a broken file catches every Exception, and would say it is broken.
         raise SystemExit(exit_code_of(number))
+
+
+def _let_go() -> None:
+    """In a forked child: a signal to it is none to its parent, whose pipe it would tell."""
+    with suppress(ValueError):
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import ENVIRONMENT
 
 import beit.export
 import beit.graphs
@@ -250,3 +253,41 @@ def test_a_foreign_graph_is_refused_because_it_does_not_say_how_to_prepare_pictu
     onnx.save(content, tmp_path / "a.onnx")
     with pytest.raises(GraphError, match="does not say how its pictures are prepared"):
         open_graph(tmp_path / "a.onnx")
+
+
+QUIET = """
+import sys
+import numpy as np
+import torch
+from PIL import Image
+from pathlib import Path
+from beit.export import export
+from beit.model import BeitConfig, BeitForImageClassification
+
+forked = []
+sys.addaudithook(lambda name, args: forked.append(name) if name in ("os.fork", "socket.connect") else None)
+torch.manual_seed(0)
+shape = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
+model = BeitForImageClassification(BeitConfig(**shape, num_classes=2)).eval()
+export(model, Path(sys.argv[1]), "openvino")
+import nncf
+import nncf.telemetry
+graph = __import__("openvino").Core().read_model(sys.argv[1])
+data = nncf.Dataset([np.zeros((1, 3, 16, 16), np.float32)])
+nncf.quantize(graph, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=1)
+loaded = [name for name in sys.modules if name.startswith("openvino_telemetry.")]
+print(loaded, forked)
+"""
+
+
+def test_openvino_and_nncf_report_to_nobody(tmp_path: Path) -> None:
+    """With openvino_telemetry installed they would, from forked processes."""
+    pytest.importorskip("nncf")
+    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET, str(tmp_path / "g.xml")],
+        env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[] []"
+    assert not list(tmp_path.glob("intel/*")), "no identity was written"

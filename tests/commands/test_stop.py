@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -155,6 +156,27 @@ def test_a_signal_in_a_call_that_does_not_end_saves_what_is_done(
         assert f"beit: stopped and saved at step {step} of 8" in complained
     with train(tmp_path / "run") as process:
         assert process.communicate(timeout=120)[0] == digest
+
+
+def test_a_signal_to_a_forked_child_does_not_stop_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other libraries fork too, and end what they forked with SIGTERM."""
+    from beit import stop
+
+    monkeypatch.setattr(stop, "GRACE_S", 0.2)
+    rescued: list[int] = []
+
+    def rescue(code: int) -> None:
+        rescued.append(code)
+
+    with stop.stop_signals(rescue) as request:
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGTERM)  # its handler is its parent's, which only takes note
+            os._exit(0)
+        os.waitpid(child, 0)
+        time.sleep(0.6)
+        assert not request
+        assert rescued == []
 
 
 def test_a_step_has_half_of_what_is_promised_to_end_by_itself() -> None:
