@@ -8,6 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+class CannotWrite(ValueError):
+    """A place that the disk, or its rights, do not allow."""
+
+    exit_code = 6
+
+
+def check_place(file: Path | None) -> None:
+    """Raise CannotWrite for a file in a folder that does not exist, before any work is done for it."""
+    if file is not None and not file.parent.is_dir():
+        raise CannotWrite(f"cannot write {file}: {file.parent} is not a folder")
+
+
 def write_atomically(file: Path, content: bytes) -> None:
     """Replace a file: whoever reads it sees the old content or the new, never a part."""
     write_together(file.parent, {file.name: content})

@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from beit.atomic import flush, write_atomically
+from beit.atomic import CannotWrite, flush, write_atomically
 from beit.listing import UNSETTLED_S, cache_folder
 
 MANIFEST = "embeddings.json"
@@ -49,12 +49,6 @@ DTYPES: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "fp32": np.dty
 
 class EmbeddingsError(ValueError):
     """A folder that cannot be used as asked."""
-
-
-class CannotWrite(EmbeddingsError):
-    """A folder that the disk, or its rights, do not allow."""
-
-    exit_code = 6
 
 
 class BadPicture(NamedTuple):

@@ -37,6 +37,7 @@ from beit.graphs import (
     RUNTIME_OF,
     SUFFIX_OF,
     About,
+    EmbedPooling,
     Graph,
     GraphError,
     Output,
@@ -45,9 +46,6 @@ from beit.graphs import (
     multiplies_bf16,
     open_graph,
     require,
-)
-from beit.graphs import (
-    Embedding as Pooling,
 )
 from beit.hub import resolve, sha256_of
 from beit.image import BadImage, ImageSpec, Source, open_image, preprocess
@@ -344,12 +342,12 @@ class Engine:
         return answers()
 
     def embed(
-        self, images: Pictures, pooling: Pooling = "mean", layer: int | None = None
+        self, images: Pictures, pooling: EmbedPooling = "mean", layer: int | None = None
     ) -> Iterator[Embedding]:
         """Features in the order of the pictures; pooling and layer as in `features.embed`."""
         depth = self.depth
-        if pooling not in get_args(Pooling):
-            raise ValueError(f"pooling {pooling!r} is not one of {', '.join(get_args(Pooling))}")
+        if pooling not in get_args(EmbedPooling):
+            raise ValueError(f"pooling {pooling!r} is not one of {', '.join(get_args(EmbedPooling))}")
         if layer is not None and not -depth - 1 <= layer <= depth:
             raise ValueError(f"layer {layer} does not exist; this model has layers 0 to {depth}")
 
@@ -384,7 +382,7 @@ class Engine:
         return self._compute(Output(), images)
 
     def features_array(
-        self, images: np.ndarray, pooling: Pooling = "mean", layer: int | None = None
+        self, images: np.ndarray, pooling: EmbedPooling = "mean", layer: int | None = None
     ) -> np.ndarray:
         """Prepared pictures (B, 3, H, W) float32 -> float32 (B, D), or (B, N, D) for tokens."""
         return self._compute(Output("features", pooling, layer), images)

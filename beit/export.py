@@ -36,7 +36,7 @@ from beit.features import embed
 from beit.graphs import (
     SUFFIX_OF,
     About,
-    Embedding,
+    EmbedPooling,
     GraphError,
     Kind,
     Output,
@@ -63,8 +63,8 @@ def check_output(model: Beit, output: Output) -> None:
     """Refuse what this model does not have."""
     if output.kind not in get_args(Kind):
         raise ValueError(f"kind {output.kind!r} is not one of {', '.join(get_args(Kind))}")
-    if output.pooling not in get_args(Embedding):
-        raise ValueError(f"pooling {output.pooling!r} is not one of {', '.join(get_args(Embedding))}")
+    if output.pooling not in get_args(EmbedPooling):
+        raise ValueError(f"pooling {output.pooling!r} is not one of {', '.join(get_args(EmbedPooling))}")
     name = type(model).__name__
     if output.kind == "classification" and not (
         isinstance(model, BeitForImageClassification) and model.config.num_classes

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit.graphs import Embedding
+from beit.graphs import EmbedPooling
 from beit.image import Source, preprocess, read_image
 from beit.model import Beit
 from beit.precision import Precision, autocast
@@ -41,7 +41,9 @@ def pool_tokens(tokens: Tensor, pooling: Pooling) -> Tensor:
     raise ValueError(f"pooling {pooling!r} is not one of {', '.join(get_args(Pooling))}")
 
 
-def embed(model: Beit, images: Tensor, pooling: Embedding = "mean", layer: int | None = None) -> Tensor:
+def embed(
+    model: Beit, images: Tensor, pooling: EmbedPooling = "mean", layer: int | None = None
+) -> Tensor:
     """What a model makes of normalised images (B, 3, H, W), as one tensor of its own dtype.
 
     pooling: "mean" of the patches or "cls", the class token: (B, D); "tokens", all: (B, 1 + L, D).
@@ -49,8 +51,8 @@ def embed(model: Beit, images: Tensor, pooling: Embedding = "mean", layer: int |
         None is the end: the last block and the model's last norm, so that a classifier's own pooling
         gives what its head gets.
     """
-    if pooling not in get_args(Embedding):
-        raise ValueError(f"pooling {pooling!r} is not one of {', '.join(get_args(Embedding))}")
+    if pooling not in get_args(EmbedPooling):
+        raise ValueError(f"pooling {pooling!r} is not one of {', '.join(get_args(EmbedPooling))}")
     (states,) = model.layers(images, [model.config.depth if layer is None else layer])
     if layer is None:
         states = model.norm(states)  # nothing in a classifier from the mean, whose norm comes after it

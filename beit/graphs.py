@@ -24,7 +24,7 @@ import numpy as np
 from beit.image import ImageSpec
 
 Kind = Literal["classification", "features", "masked"]
-Embedding = Literal["mean", "cls", "tokens"]
+EmbedPooling = Literal["mean", "cls", "tokens"]
 RUNTIME_OF = {".xml": "openvino", ".onnx": "onnx", ".pt2": "torch"}
 SUFFIX_OF = {runtime: suffix for suffix, runtime in RUNTIME_OF.items()}
 # runtime: the extra that installs it, and the module that shows that it is there.
@@ -43,7 +43,7 @@ class Output:
     """What of a model is computed; pooling and layer of features, as in `features.embed`."""
 
     kind: Kind = "classification"
-    pooling: Embedding = "mean"
+    pooling: EmbedPooling = "mean"
     layer: int | None = None
 
 
@@ -52,7 +52,7 @@ class About:
     """What a graph file says of itself."""
 
     kind: Kind
-    pooling: Embedding
+    pooling: EmbedPooling
     layer: int | None
     precision: str  # fp32 or int8: the numbers in the file
     labels: tuple[str, ...]

@@ -182,6 +182,11 @@ SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.saf
 PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 
 
+def is_size(model: str) -> bool:
+    """Whether a model is the name of a size, to begin from nothing; not a place or a released model."""
+    return "/" not in model and not Path(model).exists() and not is_remote(model)
+
+
 def is_remote(source: str) -> bool:
     """Whether `resolve` would look on the hub: `hub:...`, or a released name and no path of that name."""
     if source.startswith("hub:"):

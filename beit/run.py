@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from beit import distributed
-from beit.atomic import flush, write_atomically
+from beit.atomic import CannotWrite, flush, write_atomically
 from beit.optim import EMA
 from beit.snapshots import (
     drop,
@@ -60,12 +60,6 @@ FREE_SETTINGS = {
 
 class RunError(ValueError):
     """A run folder that cannot be used as asked."""
-
-
-class CannotWrite(RunError):
-    """A run folder that the disk, or its rights, do not allow."""
-
-    exit_code = 6
 
 
 class NotFinite(Exception):

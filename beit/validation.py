@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from beit import distributed
+from beit.atomic import CannotWrite
 from beit.data import ImageSource
 from beit.engine import Engine
 from beit.metrics import (
@@ -32,7 +33,7 @@ from beit.metrics import (
 )
 from beit.model import BeitForImageClassification
 from beit.precision import Precision
-from beit.run import CannotWrite, read_metrics
+from beit.run import read_metrics
 from beit.snapshots import drop, load_snapshot, snapshots, write_snapshot
 from beit.split import take
 

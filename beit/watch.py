@@ -11,9 +11,8 @@ then, from before its first step to after its last. A look changes nothing of th
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,22 +21,20 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from beit.atomic import write_atomically
 from beit.data import ImageSource
-from beit.features import extract_features
-from beit.image import BadImage, preprocess
+from beit.frozen import features_of
 from beit.metrics import effective_rank
 from beit.model import Beit
 from beit.precision import Precision
-from beit.probe import fit_best_probe, fit_probe, knn_scores
+from beit.probe import fit_best_probe, fit_probe, knn_scores, stratified_fifth
 from beit.report import Page
 from beit.run import read_metrics
 from beit.visualize import img_tag, line_chart, png_bytes
 
 MOST_FOR_RANK = 256  # pictures
-BATCH = 32
+THREADS = 2  # that prepare them
 
 Look = dict[str, Any]
 
@@ -48,7 +45,7 @@ class Watch:
 
     train, test: labelled pictures to probe with; without them there is the rank alone.
     unlabelled: pictures for the rank where there are no labelled ones.
-    layers: blocks whose mean-pooled features are probed, counted from 1.
+    layers: blocks whose features are probed, counted from 1: what a head on them would get.
     draw: model -> a sheet of pictures, or None.
     """
 
@@ -83,22 +80,24 @@ class Watch:
         """{"effective_rank_9": ..., "linear_9": ..., "knn_9": ...}, accuracies as shares."""
         layers = list(self.layers)
         if self.train is None or self.test is None:
-            features = features_of(model, self.unlabelled, layers, self.precision, MOST_FOR_RANK)
-            return {f"effective_rank_{i}": effective_rank(features[i].numpy()) for i in layers}
-        known = features_of(model, self.train, layers, self.precision)
-        asked = features_of(model, self.test, layers, self.precision)
-        y, truth = torch.tensor(self.train.labels), torch.tensor(self.test.labels)
-        fifth = torch.arange(len(y)) % 5 == 0  # chooses the penalty
-        fifth = fifth[torch.from_numpy(np.random.default_rng(0).permutation(len(y)))]
+            some = min(MOST_FOR_RANK, len(self.unlabelled))
+            spread = np.linspace(0, len(self.unlabelled) - 1, some).astype(int)
+            seen = features_of(model, self.unlabelled, layers, self.precision, THREADS, spread)
+            return {f"effective_rank_{i}": effective_rank(x.numpy()) for i, x in seen.layers.items()}
+        known = features_of(model, self.train, layers, self.precision, THREADS)
+        asked = features_of(model, self.test, layers, self.precision, THREADS)
+        y = torch.from_numpy(self.train.labels[known.kept])
+        truth = torch.from_numpy(self.test.labels[asked.kept])
+        fifth = stratified_fifth(y.numpy(), seed=0)  # chooses the penalty
         classes, look = len(self.train.classes), {}
         for i in layers:
-            x = known[i]
+            x, new = known.layers[i], asked.layers[i]
             chosen, _ = fit_best_probe((x[~fifth], y[~fifth]), (x[fifth], y[fifth]), classes)
             line = fit_probe(x, y, classes, chosen.penalty * len(y) / max(int((~fifth).sum()), 1))
-            near = knn_scores((x, y), asked[i], classes).argmax(dim=1)
-            look[f"linear_{i}"] = line.accuracy(asked[i], truth)
+            near = knn_scores((x, y), new, classes).argmax(dim=1)
+            look[f"linear_{i}"] = line.accuracy(new, truth)
             look[f"knn_{i}"] = float((near == truth).double().mean())
-            look[f"effective_rank_{i}"] = effective_rank(asked[i][:MOST_FOR_RANK].numpy())
+            look[f"effective_rank_{i}"] = effective_rank(new[:MOST_FOR_RANK].numpy())
         return look
 
     def write_page(self, title: str, expected: Sequence[tuple[str, str, str]], tensors: int) -> None:
@@ -121,8 +120,8 @@ class Watch:
         if self.train is not None and self.test is not None:
             page.section(
                 "Probes",
-                f"Share of {len(self.test):,} labelled pictures named right from frozen, mean-pooled "
-                f"features; {len(self.train):,} others are known. Step 0 is the untrained network.",
+                f"Share of {len(self.test):,} labelled pictures named right from frozen features, pooled "
+                f"and normed; {len(self.train):,} others are known. Step 0 is the untrained network.",
             )
             page.charts(
                 [
@@ -174,26 +173,3 @@ CURVES = {
 def points(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """(step, number) of the lines that have one."""
     return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
-
-
-def features_of(
-    model: Beit, source: ImageSource, layers: list[int], precision: Precision, most: int | None = None
-) -> dict[int, Tensor]:
-    """{layer: (n, D)} mean-pooled, of `most` pictures spread over a source, or of all.
-
-    A picture that cannot be read gives way to a black one, so that features and labels stay in step.
-    """
-    count = min(most or len(source), len(source))
-    chosen = np.linspace(0, len(source) - 1, count).astype(int)
-
-    def read(index: int) -> np.ndarray:
-        try:
-            return preprocess(source.read(index), model.image_spec)
-        except BadImage:
-            return np.zeros((3, *model.image_spec.size), np.float32)
-
-    def batches() -> Iterator[Tensor]:
-        for part in np.array_split(chosen, math.ceil(count / BATCH)):
-            yield torch.from_numpy(np.stack([read(int(index)) for index in part]))
-
-    return extract_features(model, batches(), layers, "mean", precision)

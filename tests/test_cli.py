@@ -14,11 +14,12 @@ import pytest
 from conftest import Cli
 
 import beit.cli
+from beit.atomic import CannotWrite
 from beit.checkpoints import CheckpointError
 from beit.cli import COMMANDS, app, exit_code, start_from
 from beit.image import BadImage
 from beit.recipes import FOLDER
-from beit.run import CannotWrite, RunError, Stopped
+from beit.run import RunError, Stopped
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -25,11 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beit import distributed
+from beit.atomic import CannotWrite
 from beit.data import batch_at, sample_rng
 from beit.masking import sample_mask
 from beit.model import BeitConfig, BeitForMaskedImageModeling
 from beit.optim import EMA, adamw, param_groups, update
-from beit.run import CannotWrite, Run, RunError, Stopped
+from beit.run import Run, RunError, Stopped
 
 CONFIG = BeitConfig(
     img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2

@@ -16,9 +16,9 @@ import pytest
 from conftest import ENVIRONMENT
 
 import beit.embeddings
+from beit.atomic import CannotWrite
 from beit.embeddings import (
     BadPicture,
-    CannotWrite,
     Embeddings,
     EmbeddingsError,
     Manifest,

@@ -23,7 +23,7 @@ from beit.checkpoints import CheckpointError, load, save
 from beit.data import open_source
 from beit.engine import Engine, Prediction, TorchModel, agree, known_choice
 from beit.export import export
-from beit.graphs import Embedding, GraphError, Output
+from beit.graphs import EmbedPooling, GraphError, Output
 from beit.image import IMAGENET_MEAN, IMAGENET_STD, BadImage, ImageSpec, preprocess, read_image
 from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 
@@ -301,7 +301,7 @@ def test_scoring_a_source_with_a_broken_picture_names_it(
 @pytest.mark.parametrize("pooling", ["mean", "cls", "tokens"])
 @pytest.mark.parametrize("layer", [None, 0, 1, -1])
 def test_embeddings_are_the_models_states_pooled(
-    model: BeitForImageClassification, files: list[Path], pooling: Embedding, layer: int | None
+    model: BeitForImageClassification, files: list[Path], pooling: EmbedPooling, layer: int | None
 ) -> None:
     answers = list(exact(model, batch_size=4).embed(files, pooling, layer))
     assert [answer.path for answer in answers] == [str(file) for file in files]

@@ -41,6 +41,7 @@ SIDEWAYS = {
     ("validation", "split"): "each process scores some of the pictures",
     ("classifier_report", "report"): "its sections stand on the page",
     ("classifier_report", "probe"): "a probe says which labels look wrong",
+    ("watch", "frozen"): "a look is at what a head on frozen blocks would get",
     ("watch", "probe"): "a look at a run is a probe of it",
     ("watch", "report"): "what was seen is told on a page",
     ("export", "features"): "an exported graph pools as features are pooled",

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 
 import beit.atomic
 import beit.run
-from beit.atomic import write_atomically
+from beit.atomic import CannotWrite, write_atomically
 from beit.optim import EMA, adamw, update
 from beit.run import (
     FREE_SETTINGS,
-    CannotWrite,
     NotFinite,
     Progress,
     Run,

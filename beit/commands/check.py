@@ -15,9 +15,10 @@ import numpy as np
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
 
+from beit.atomic import check_place
 from beit.data import Bad, ImageSource, TooManyBadImages, has_split, open_source
 from beit.image import BadImage, open_image
-from beit.run import CannotWrite, Progress
+from beit.run import Progress
 from beit.workers import load_in_processes, now_doing
 
 SPLITS = ("train", "val", "test")
@@ -58,8 +59,7 @@ class Read(NamedTuple):
 def check(settings: Check) -> dict[str, Any]:
     """Read everything once; print classes, sizes, duplicates and bad files."""
     out = settings.out
-    if out is not None and not out.parent.is_dir():
-        raise CannotWrite(f"cannot write {out}: {out.parent} is not a folder")
+    check_place(out)
     splits = [split for split in SPLITS if has_split(settings.data, split)]
     sources = {split: open_source(settings.data, split) for split in splits}
     sources = sources or {"all": open_source(settings.data)}

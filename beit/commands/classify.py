@@ -14,7 +14,7 @@ from typing import Annotated, Any, TextIO
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from beit.atomic import replacing
+from beit.atomic import check_place, replacing
 from beit.data import ImageSource, find_pictures
 from beit.engine import Engine, Entry, Picture, Precision, Prediction, Runtime
 
@@ -55,19 +55,12 @@ class SomeSkipped(Exception):
     exit_code = 3
 
 
-class CannotWrite(Exception):
-    """The place asked for cannot be written; `run` has another, and waits for torch."""
-
-    exit_code = 6
-
-
 def classify(settings: Classify) -> None:
     """Classify pictures."""
     out = settings.out
     if out is not None and out.suffix not in ENDINGS:
         raise ValueError(f"--out {out} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
-    if out is not None and not out.parent.is_dir():
-        raise CannotWrite(f"cannot write {out}: {out.parent} is not a folder")
+    check_place(out)
     if out is not None and out.suffix == ".parquet":
         _need_pyarrow(out)
     places = find_pictures(settings.images, "classify")

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from beit.atomic import CannotWrite
 from beit.checkpoints import (
     CheckpointError,
     Format,
@@ -22,7 +23,6 @@ from beit.checkpoints import (
 )
 from beit.hub import resolve, sha256_of
 from beit.model import Beit
-from beit.run import CannotWrite
 
 TOLERANCE = 1e-5  # of the probe picture's outputs, relative to the largest
 

@@ -42,7 +42,7 @@ from beit.embeddings import (
     unit,
 )
 from beit.engine import Engine, Entry, Precision, Runtime
-from beit.graphs import Embedding as Pooling
+from beit.graphs import EmbedPooling
 from beit.hub import resolve
 from beit.listing import list_names
 from beit.stop import stop_at_once
@@ -64,7 +64,7 @@ class Embed:
     """Model folder or file, hub:owner/name, a name that `beit models` lists, or a file of `beit export`."""
     out: Annotated[Path, Parameter(alias="-o")]
     """Folder for the shards. The same command again goes on with what is missing or damaged."""
-    pooling: Pooling = "mean"
+    pooling: EmbedPooling = "mean"
     """Mean of the patches, cls, or all tokens (197 times the room at 224 px)."""
     layer: int | None = None
     """Block to read, without a norm; the end of the model if not given. In a model that was only

@@ -24,7 +24,7 @@ from cyclopts.types import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from beit.atomic import write_atomically
+from beit.atomic import check_place, write_atomically
 from beit.classifier_report import (
     Answers,
     about,
@@ -56,7 +56,7 @@ from beit.model import Beit
 from beit.precision import Precision
 from beit.probe import review_labels
 from beit.report import Page
-from beit.run import CannotWrite, describe_settings
+from beit.run import describe_settings
 from beit.split import MOST_LOOKED_AT, Looked, data_hash, look
 
 MANY = 50  # classes: beyond, the table shows the worst of them and the report has no whole matrix
@@ -90,8 +90,7 @@ class Evaluate:
 def evaluate(settings: Evaluate) -> dict[str, Any]:
     """Score a classifier on labelled pictures."""
     for file in (settings.out, settings.report):
-        if file is not None and not file.parent.is_dir():
-            raise CannotWrite(f"cannot write {file}: {file.parent} is not a folder")
+        check_place(file)
     engine = Engine(
         settings.model,
         "auto" if is_graph(settings.model) else "torch",

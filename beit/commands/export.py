@@ -13,14 +13,14 @@ import numpy as np
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
+from beit.atomic import check_place
 from beit.checkpoints import load_model
 from beit.data import open_source
 from beit.export import Target
 from beit.export import export as write_graph
-from beit.graphs import SUFFIX_OF, Embedding, Kind, Output
+from beit.graphs import SUFFIX_OF, EmbedPooling, Kind, Output
 from beit.hub import resolve, sha256_of
 from beit.image import BadImage, ImageSpec, preprocess
-from beit.run import CannotWrite
 
 
 @Parameter(name="*")
@@ -35,7 +35,7 @@ class Export:
     """An .xml for openvino, with a .bin beside, an .onnx or a .pt2; named like the model if not given."""
     kind: Kind = "classification"
     """What it computes: classes, features, or the tokens of hidden patches."""
-    pooling: Embedding = "mean"
+    pooling: EmbedPooling = "mean"
     """Of features: mean of the patches, class token, or all tokens."""
     layer: int | None = None
     """Block whose states are the features; the end, through the last norm, if not given."""
@@ -58,8 +58,7 @@ def export(settings: Export) -> dict[str, Any]:
     """Write a graph file if it agrees with the model."""
     small = "-int8" if settings.precision == "int8" else ""
     out = settings.out or Path(f"{Path(settings.model).stem}{small}{SUFFIX_OF[settings.to]}")
-    if not out.parent.is_dir():
-        raise CannotWrite(f"cannot write {out}: {out.parent} is not a folder")
+    check_place(out)
     if not 0 <= settings.min_agreement <= 1:
         raise ValueError(f"--min-agreement {settings.min_agreement} is not a share from 0 to 1")
     if settings.precision == "int8" and settings.pictures is None:

@@ -55,7 +55,7 @@ from beit.features import default_layer
 from beit.flops import peak_flops, training_flops
 from beit.frozen import FrozenClassifier, features_of, frozen_classifier
 from beit.handover import to_classifier
-from beit.hub import is_remote
+from beit.hub import is_size
 from beit.image import BadImage, unilm_spec
 from beit.labelled import Labelled, Side, open_labelled
 from beit.metrics import fit_temperature
@@ -256,7 +256,7 @@ def choose(settings: Finetune, data: Labelled) -> Finetune:
     count, classes = len(data.train.source), len(data.classes)
     pixels = short_side(data.train.source)
     model = settings.model or ("beit_mini_patch8_32" if pixels < 48 else "beit_tiny_patch8_64")
-    fresh = is_fresh(model)
+    fresh = is_size(model)
     asked = bool(settings.steps) or any(getattr(settings, name) is not None for name in TRAINING)
     method = settings.method
     if method is None:
@@ -347,11 +347,6 @@ def short_side(source: ImageSource) -> int:
     return int(np.median(sides)) if sides else 224
 
 
-def is_fresh(model: str) -> bool:
-    """Whether a model is the name of a size, to begin from nothing."""
-    return "/" not in model and not Path(model).exists() and not is_remote(model)
-
-
 # --- The models ----------------------------------------------------------------------------------
 
 
@@ -359,7 +354,7 @@ def load_start(settings: Finetune) -> Beit | None:
     """The trained model to begin with, before any work is done; None for one of a size."""
     if settings.model is None:
         return None
-    if is_fresh(settings.model):
+    if is_size(settings.model):
         variant(settings.model)  # refuses what is none
         return None
     return load_model(settings.model, dtype=torch.float32)
@@ -702,7 +697,7 @@ def review(
     labels = torch.tensor([int(source.labels[i]) for source, i in pictures])
     kind = "frozen features" if frozen is not None else "trained features"
     assert settings.model is not None
-    if is_fresh(settings.model) and data.divided.looked is not None:
+    if is_size(settings.model) and data.divided.looked is not None:
         # What begins from nothing knows little of shapes; small pictures tell more.
         sides = zip((data.divided.train, data.divided.val), found, strict=False)
         numbers = np.concatenate([side[f.kept] for side, f in sides])

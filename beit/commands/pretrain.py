@@ -26,7 +26,7 @@ from beit.data import ImageSource, Loader, open_source, sample_rng
 from beit.features import default_layer
 from beit.flops import peak_flops, training_flops
 from beit.handover import hand_over
-from beit.hub import is_remote
+from beit.hub import is_size
 from beit.image import HALF, IMAGENET_MEAN, IMAGENET_STD, BadImage, OpenImage, unilm_spec
 from beit.masking import sample_mask, sample_random_mask
 from beit.metrics import codebook_use
@@ -319,7 +319,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
 def starting_model(settings: Pretrain, vocab_size: int) -> BeitForMaskedImageModeling:
     """A fresh encoder of a named size, or the encoder of a trained model; both to guess V tokens."""
     torch.manual_seed(settings.seed)
-    if "/" not in settings.model and not Path(settings.model).exists() and not is_remote(settings.model):
+    if is_size(settings.model):
         config, start = variant(settings.model).for_pretraining(vocab_size), None
     else:
         start = load_model(settings.model, dtype=torch.float32)

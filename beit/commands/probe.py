@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from beit.atomic import write_atomically
+from beit.atomic import check_place, write_atomically
 from beit.checkpoints import load_model
 from beit.data import ImageSource, load_ahead, open_source
 from beit.duplicates import duplicates, pixel_hash
@@ -41,7 +41,6 @@ from beit.probe import (
     knn_scores,
     stratified_fifth,
 )
-from beit.run import CannotWrite
 
 SHOTS = (1, 5, 10)
 
@@ -83,8 +82,7 @@ Labelled = tuple[Tensor, Tensor]  # (n, D) features, (n,) labels
 def probe(settings: Probe) -> dict[str, Any]:
     """Probe a model: linear, k-NN, attentive and few-shot, on frozen features."""
     kinds = chosen_kinds(settings.kinds)
-    if settings.out is not None and not settings.out.parent.is_dir():
-        raise CannotWrite(f"cannot write {settings.out}: {settings.out.parent} is not a folder")
+    check_place(settings.out)
     train = open_source(settings.data, "train", labelled=True)
     test = open_source(settings.data, settings.split, labelled=True).with_classes(train.classes)
     if train.paths == test.paths:

@@ -17,9 +17,9 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 from PIL import Image, ImageDraw, ImageOps
 
-from beit.atomic import replacing
+from beit.atomic import CannotWrite, check_place, replacing
 from beit.data import ImageSource, find_pictures, open_source
-from beit.embeddings import CannotWrite, Embeddings, EmbeddingsError, Manifest, model_sha256
+from beit.embeddings import Embeddings, EmbeddingsError, Manifest, model_sha256
 from beit.engine import Embedding, Engine, Entry, Picture
 from beit.hub import resolve
 from beit.image import BadImage, read_image
@@ -70,8 +70,7 @@ def search(settings: Search) -> list[Found]:
     sheet = settings.sheet
     if sheet is not None and sheet.suffix.lower() not in SHEETS:
         raise ValueError(f"--sheet {sheet} must end in {', '.join(SHEETS[:-1])} or {SHEETS[-1]}")
-    if sheet is not None and not sheet.parent.is_dir():
-        raise CannotWrite(f"cannot write {sheet}: {sheet.parent} is not a folder")
+    check_place(sheet)
     folder = Embeddings(settings.folder)
     check(folder)
     pictures = pictures_of(find_pictures(settings.images, "search"))

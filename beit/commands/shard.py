@@ -29,10 +29,10 @@ from cyclopts.types import NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 from PIL import Image
 
-from beit.atomic import flush, write_atomically
+from beit.atomic import CannotWrite, flush, write_atomically
 from beit.data import MANIFEST, Bad, BadImages, ImageSource, has_split, open_source
 from beit.image import BadImage, open_image
-from beit.run import CannotWrite, Progress
+from beit.run import Progress
 from beit.workers import load_in_processes, now_doing
 
 SPLITS = ("train", "val", "test")
