@@ -3,33 +3,41 @@
 #
 #   runs/imagenette_cpu.sh IMAGENETTE [OUT]     IMAGENETTE: a folder with train and val pictures of ten classes
 #
-# 64-pixel pictures, beit_tiny_patch8_64 (width 192, depth 6). Four pre-trainings that differ in one thing,
-# each fine-tuned and probed like the same network from scratch. Kill it whenever you like: the same line
-# goes on. EPOCHS and TUNE_EPOCHS make it shorter; SEEDS="0 1 2" repeats it. The table: benchmarks/ladder.py
+# 64-pixel pictures, beit_tiny_patch8_64 (width 192, depth 6) where MODEL names no other. Four pre-trainings
+# that differ in one thing, each fine-tuned and probed like the same network from scratch. Kill it whenever
+# you like: the same line goes on. MODEL, EPOCHS and TUNE_EPOCHS make it shorter; SEEDS="0 1 2" repeats it.
+# The table: benchmarks/ladder.py
 set -euo pipefail
 data=${1:?which folder holds the pictures? usage: runs/imagenette_cpu.sh IMAGENETTE [OUT]}
 out=${2:-runs/imagenette_cpu}
 epochs=${EPOCHS:-25} tune_epochs=${TUNE_EPOCHS:-8} tokenizer_steps=${TOKENIZER_STEPS:-1500}
 seeds=${SEEDS:-0} batch=${BATCH:-64}
+model=${MODEL:-beit_tiny_patch8_64} lr=${LR:-1.5e-3} hidden=${HIDDEN:-64} workers=${WORKERS:-2}
 beit=${BEIT:-.venv/bin/beit}
-size=(--model beit_tiny_patch8_64)
+size=(--model "$model" --img-size 64)
 
 step() {  # a run that has ended has its model
     local folder=$1; shift
     if [ -e "$folder/config.json" ]; then echo "there already: $folder"; else echo "+ $*"; "$@"; fi
 }
 
+# The photographs once at 96 pixels, so that reading them is no part of the comparison.
+"$beit" shard "$data" "$out/pictures" --short-side 96 --quality 95
+data=$out/pictures
+
 for seed in $seeds; do
     here=$out/seed-$seed
     mkdir -p "$here"
     step "$here/dvae" "$beit" train-tokenizer "$data" -o "$here/dvae" --img-size 64 --vocab-size 1024 \
-        --hidden-dim 64 --steps "$tokenizer_steps" --batch-size 64 --seed "$seed"
+        --hidden-dim "$hidden" --workers "$workers" --steps "$tokenizer_steps" --batch-size 64 --seed "$seed"
     step "$here/vqkd" "$beit" train-tokenizer "$data" -o "$here/vqkd" --kind vqkd "${size[@]}" \
-        --vocab-size 1024 --decoder-depth 1 --steps "$tokenizer_steps" --batch-size 64 --lr 1e-3 --seed "$seed"
+        --vocab-size 1024 --decoder-depth 1 --workers "$workers" --steps "$tokenizer_steps" --batch-size 64 \
+        --lr 1e-3 --seed "$seed"
     while read -r name tokenizer masks; do
         step "$here/$name" "$beit" pretrain "$data" --tokenizer "$tokenizer" -o "$here/$name" "${size[@]}" \
-            --masks "$masks" --epochs "$epochs" --warmup-epochs 2 --batch-size "$batch" --lr 1.5e-3 \
-            --drop-path 0 --crop-scale 0.2 1.0 --probe-data "$data" --seed "$seed"
+            --masks "$masks" --epochs "$epochs" --warmup-epochs 2 --batch-size "$batch" --lr "$lr" \
+            --drop-path 0 --crop-scale 0.2 1.0 --probe-data "$data" --workers "$workers" \
+            --look-epochs $(((epochs + 1) / 2)) --seed "$seed"
     done <<ARMS
 dvae-blocks $here/dvae blocks
 dvae-random $here/dvae random
@@ -38,13 +46,13 @@ pixels-blocks pixels blocks
 ARMS
     for name in scratch dvae-blocks dvae-random vqkd-blocks pixels-blocks; do
         start=$here/$name
-        [ "$name" = scratch ] && start=beit_tiny_patch8_64
-        step "$here/$name.tuned" "$beit" finetune "$data" --model "$start" -o "$here/$name.tuned" \
-            --method full --use-epoch last --epochs "$tune_epochs" --warmup-epochs 1 --batch-size 64 --lr 1e-3 \
-            --layer-decay 0.8 --drop-path 0 --crop-scale 0.2 1.0 --no-report --seed "$seed"
+        [ "$name" = scratch ] && start=$model
+        step "$here/$name.tuned" "$beit" finetune "$data" --model "$start" --img-size 64 \
+            -o "$here/$name.tuned" --workers "$workers" --method full --use-epoch last --epochs "$tune_epochs" \
+            --warmup-epochs 1 --batch-size 64 --lr 1e-3 --layer-decay 1 --drop-path 0 --crop-scale 0.2 1.0 --no-report --seed "$seed"
         [ "$name" = scratch ] && continue
         [ -e "$here/$name.probe.json" ] ||
-            "$beit" probe "$data" --model "$start" --layers all -o "$here/$name.probe.json"
+            "$beit" probe "$data" --model "$start" --layers all --kinds linear,knn -o "$here/$name.probe.json"
     done
 done
 "$(dirname "$beit")/python" benchmarks/ladder.py "$out"
