@@ -1,10 +1,12 @@
-"""Kill `beit pretrain` at random, fill its disk, damage its files: it must end as an unbroken run does.
+"""Kill `beit pretrain`, fill its disk, damage its files, poison its numbers: it must end as if unbroken.
 
-    python tests/chaos.py --kills 200 --stops 50 --full 20 --damaged 20      (`make chaos`)
+    python tests/chaos.py --kills 200 --stops 50 --full 20 --damaged 20 --poisoned 10      (`make chaos`)
 
-Runs are forked from a process that has done one itself, so that most of their time is at risk.
-After each blow every checkpoint must be whole; the same command goes on; a run that ends must have the
-weights of an unbroken one, bit for bit. Prints what was counted as JSON; exit code 1 if anything failed.
+Runs are forked from a process that has done one itself, so that most of their time is at risk. Each tells,
+in memory that it shares, which phase it is in. After each blow every checkpoint must be whole; the same
+command goes on; a run that ends must have the weights of an unbroken one, bit for bit. Of ten places where
+a NaN is put, what an update sees moves nothing, and what is poisoned for good is rolled back.
+Prints what was counted as JSON; exit code 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import argparse
 import contextlib
 import ctypes
 import json
+import math
+import mmap
 import os
 import random
 import resource
@@ -22,28 +26,36 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import command_line, write_shapes
+from safetensors.torch import load_file
+from torch import Tensor
 
+import beit.commands.pretrain
 from beit.cli import main
-from beit.run import read_metrics
+from beit.run import Run, read_metrics
 from beit.snapshots import snapshots, verify_snapshot
 from beit.stop import stop_at_once
+from beit.watch import Watch
 
 STEPS, LIMIT_S = 30, 10.0
 PRETRAIN = {
     "model": "beit_mini_patch8_32", "batch_size": 6, "steps": STEPS, "save_every": 4, "log_every": 1,
-    "workers": 1, "precision": "fp32", "device": "cpu", "lr": 3e-3, "drop_path": 0.2,
+    "workers": 1, "precision": "fp32", "device": "cpu", "lr": 3e-3, "drop_path": 0.2, "look_epochs": 2,
+    "peak_tflops": 1.0,
 }  # fmt: skip
 PHASES = ("start-up", "step", "checkpoint", "evaluation", "report")
+PHASE = mmap.mmap(-1, 1)  # its number, of the only child that runs
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 143}
 
 
 class Chaos:
     def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.rng = folder, random.Random(seed)
+        self.folder, self.seed, self.rng = folder, seed, random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
         self.slowest_stop_s = 0.0
@@ -61,9 +73,16 @@ class Chaos:
         options = {**PRETRAIN, "tokenizer": self.folder / "t", "out": self.folder / name}
         return ["pretrain", *command_line(self.folder / "data", **options)]
 
-    def start(self, words: list[str], file_limit: int = 0, weak: bool = False) -> int:
+    def start(
+        self,
+        words: list[str],
+        file_limit: int = 0,
+        weak: bool = False,
+        poison: Callable[[], None] = lambda: None,
+    ) -> int:
         """Fork a process that runs the command; its id."""
         sys.stdout.flush()
+        PHASE[0] = 0
         child = os.fork()
         if child:
             return child
@@ -75,6 +94,7 @@ class Chaos:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
                 if weak:
                     obey_modes()
+                poison()
                 code = 130
                 with stop_at_once():
                     here(words)
@@ -94,11 +114,11 @@ class Chaos:
             time.sleep(0.002)
         return None
 
-    def until_phase(self, child: int, out: Path, phase: str) -> int | None:
+    def until_phase(self, child: int, phase: str) -> int | None:
         """Wait for a phase to begin and a random while in it; an exit code if the run ended first."""
         until = time.monotonic() + 60
         while time.monotonic() < until:
-            if phase_of(out) == phase:
+            if phase_now() == phase:
                 time.sleep(self.rng.choice((0, 0.001, 0.01, 0.1)) * self.rng.random())
                 return None
             done, status = os.waitpid(child, os.WNOHANG)
@@ -112,7 +132,7 @@ class Chaos:
         child = self.start(self.command(out.name))
         if self.rng.random() < 0.5:
             return child, self.wait(child, self.rng.random() * self.seconds)
-        return child, self.until_phase(child, out, self.rng.choice(PHASES))
+        return child, self.until_phase(child, self.rng.choice(PHASES))
 
     def fail(self, what: str) -> None:
         self.failures.append(f"{what}: {(self.folder / 'said').read_text()[-600:]}")
@@ -141,7 +161,7 @@ class Chaos:
     def kill(self, out: Path) -> None:
         child, code = self.blow(out)
         if code is None:
-            phase = phase_of(out)
+            phase = phase_now()
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             self.counts["kills"] += 1
@@ -156,7 +176,7 @@ class Chaos:
         child, code = self.blow(out)
         if code is None:
             number = self.rng.choice(list(SIGNALS))
-            phase = phase_of(out)
+            phase = phase_now()
             began = time.monotonic()
             os.kill(child, number)
             code = self.wait(child, 60)
@@ -214,6 +234,44 @@ class Chaos:
         self.counts["damaged checkpoints"] += 1
         self.end(out)
 
+    def poison(self, out: Path) -> None:
+        """Put a NaN somewhere in a step, in a run that is killed besides."""
+        name = sorted(PLACES)[(self.seed + self.counts["poisoned"]) % len(PLACES)]
+        step, once = self.rng.randrange(5, STEPS - 1), out.with_name("once")
+        once.unlink(missing_ok=True)
+        stays = name.startswith("for good")
+
+        def poisoned() -> None:
+            poison_step(PLACES[name], step, once if stays else None)
+
+        child = self.start(self.command(out.name), poison=poisoned)
+        if self.wait(child, self.rng.random() * self.seconds) is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        for run in (out, out.with_name("poisoned without a break")):
+            if stays and run != out:
+                break  # that is the unbroken run
+            code = self.wait(self.start(self.command(run.name), poison=poisoned), 120)
+            if code != 0:
+                return self.fail(f"{name} poisoned in step {step}: ended with {code}")
+        ended = read_metrics(out / "metrics.jsonl")[-1]
+        weights = (out / "model.safetensors").read_bytes()
+        if stays:
+            if weights != self.expected:
+                self.fail(f"{name} poisoned in step {step}: not the unbroken run's weights")
+        else:
+            if weights != (run / "model.safetensors").read_bytes() or ended["skipped"] != 1:
+                self.fail(f"{name} poisoned in step {step}: {ended}")
+            if not (out / "nonfinite" / f"step-{step:08d}" / "batch-0.safetensors").exists():
+                self.fail(f"{name} poisoned in step {step}: the batch was not kept")
+            shutil.rmtree(run)
+        if not all(tensor.isfinite().all() for tensor in load_file(out / "model.safetensors").values()):
+            self.fail(f"{name} poisoned in step {step}: reached the weights")
+        self.counts["poisoned"] += 1
+        self.counts[f"poisoned: {name}"] += 1
+        shutil.rmtree(out)
+        return None
+
 
 def here(words: list[str]) -> None:
     """Run a command in this process."""
@@ -228,18 +286,102 @@ def obey_modes() -> None:
         raise OSError("capset failed")
 
 
-def phase_of(out: Path) -> str:
-    """Where a run is, by what it has written."""
-    if (out / "config.json").exists():
-        return "report"
-    checkpoints = out / "checkpoints"
-    if any(checkpoints.glob(".writing-*")):
-        return "checkpoint"
-    if (checkpoints / f"step-{STEPS:08d}").exists():
-        return "evaluation"
-    lines = read_metrics(out / "metrics.jsonl")
-    newest = max((int(p.name[5:]) for p in snapshots(checkpoints)), default=0)
-    return "step" if lines and lines[-1]["step"] > newest else "start-up"
+def phase_now() -> str:
+    """Where the child is."""
+    return PHASES[PHASE[0]]
+
+
+def tell_phases() -> None:
+    """Let every run of this process and its children tell its phase."""
+
+    def telling(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def told(*given: Any, **named: Any) -> Any:
+            before, PHASE[0] = PHASE[0], PHASES.index(name)
+            try:
+                return function(*given, **named)
+            finally:
+                PHASE[0] = before
+
+        return told
+
+    def stepping(*given: Any) -> float:
+        PHASE[0] = PHASES.index("step")
+        return rate(*given)
+
+    command = beit.commands.pretrain
+    rate = command.cosine_schedule  # the first call of a step
+    command.cosine_schedule = stepping
+    Run.save = telling("checkpoint", Run.save)
+    Watch.look = telling("evaluation", Watch.look)
+    Watch.write_page = telling("report", Watch.write_page)
+    command.save = telling("report", command.save)
+
+
+# --- Where a NaN may be put ------------------------------------------------------------------------
+
+Place = Callable[[torch.optim.Optimizer, Tensor], Tensor | None]
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def in_gradient(which: int, value: float) -> Place:
+    def put(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+        parameters(optimizer)[which].grad.flatten()[-1] = value
+        return loss
+
+    return put
+
+
+def in_moment(name: str) -> Place:
+    def put(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+        optimizer.state[parameters(optimizer)[0]][name].flatten()[0] = math.nan
+        return loss
+
+    return put
+
+
+def in_weight(which: int) -> Place:
+    def put(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+        parameters(optimizer)[which].data.flatten()[0] = math.nan
+        return loss
+
+    return put
+
+
+PLACES: dict[str, Place] = {
+    "loss, nan": lambda optimizer, loss: loss * math.nan,
+    "loss, inf": lambda optimizer, loss: loss + math.inf,
+    "first gradient": in_gradient(0, math.nan),
+    "last gradient": in_gradient(-1, math.nan),
+    "middle gradient": in_gradient(9, math.nan),
+    "a gradient, inf": in_gradient(4, math.inf),
+    "for good: first weight": in_weight(0),
+    "for good: last weight": in_weight(-1),
+    "for good: exp_avg": in_moment("exp_avg"),
+    "for good: exp_avg_sq": in_moment("exp_avg_sq"),
+}
+
+
+def poison_step(place: Place, at: int, once: Path | None) -> None:
+    """Poison the update of a step of this process's run; only the first time, with a file `once`."""
+    command, now = beit.commands.pretrain, 0
+    rate, update = command.cosine_schedule, command.update
+
+    def noted(step: int, *given: Any) -> float:
+        nonlocal now
+        now = step
+        return rate(step, *given)
+
+    def poisoned(optimizer: torch.optim.Optimizer, loss: Tensor, *given: Any) -> Any:
+        if now == at and not (once and once.exists()):
+            if once:
+                once.touch()
+            loss = place(optimizer, loss)
+        return update(optimizer, loss, *given)
+
+    command.cosine_schedule, command.update = noted, poisoned
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
@@ -249,11 +391,12 @@ def losses(out: Path) -> list[tuple[int, float]]:
 def chaos(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # more would be threads that a fork loses
     began = time.monotonic()
+    tell_phases()
     with tempfile.TemporaryDirectory(prefix="chaos-") as place:
         run = Chaos(Path(place), arguments.seed)
         for action, times in (
             (run.kill, arguments.kills), (run.stop, arguments.stops), (run.full_disk, arguments.full),
-            (run.damage, arguments.damaged), (run.read_only, 1),
+            (run.damage, arguments.damaged), (run.poison, arguments.poisoned), (run.read_only, 1),
         ):  # fmt: skip
             out = Path(place) / action.__name__
             while run.counts[COUNTED[action.__name__]] < times and len(run.failures) < 5:
@@ -263,7 +406,8 @@ def chaos(arguments: argparse.Namespace) -> int:
                 run.end(out)
         result = {
             "seed": arguments.seed, **run.counts, "slowest stop, s": round(run.slowest_stop_s, 2),
-            "seconds": round(time.monotonic() - began), "failures": run.failures,
+            "a run, s": round(run.seconds, 1), "seconds": round(time.monotonic() - began),
+            "failures": run.failures,
         }  # fmt: skip
     print(json.dumps(result, indent=1))
     return 1 if run.failures else 0
@@ -271,11 +415,13 @@ def chaos(arguments: argparse.Namespace) -> int:
 
 COUNTED = {
     "kill": "kills", "stop": "stops", "full_disk": "full disks", "damage": "damaged checkpoints",
-    "read_only": "read-only folders",
+    "poison": "poisoned", "read_only": "read-only folders",
 }  # fmt: skip
+
+USUAL = {"kills": 200, "stops": 50, "full": 20, "damaged": 20, "poisoned": 10, "seed": 0}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, usual in (("kills", 200), ("stops", 50), ("full", 20), ("damaged", 20), ("seed", 0)):
+    for name, usual in USUAL.items():
         parser.add_argument(f"--{name}", type=int, default=usual)
     sys.exit(chaos(parser.parse_args()))

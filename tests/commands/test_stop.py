@@ -188,9 +188,10 @@ def test_a_step_has_half_of_what_is_promised_to_end_by_itself() -> None:
 # --- Chaos -----------------------------------------------------------------------------------------
 
 
-def test_kills_stops_full_disks_and_damaged_files_change_nothing(tmp_path: Path) -> None:
+def test_kills_stops_full_disks_damaged_files_and_nans_change_nothing(tmp_path: Path) -> None:
     """A sample of `make chaos`, which does it by hundreds."""
-    sizes = ["--kills=4", "--stops=4", "--full=1", "--damaged=1", f"--seed={time.time_ns() % 10**6}"]
+    sizes = ["--kills=4", "--stops=4", "--full=1", "--damaged=1", "--poisoned=1"]
+    sizes.append(f"--seed={time.time_ns() % 10**6}")
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "chaos.py"), *sizes],
         env=ENVIRONMENT | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=600,
@@ -198,10 +199,6 @@ def test_kills_stops_full_disks_and_damaged_files_change_nothing(tmp_path: Path)
     assert done.returncode == 0, done.stdout + done.stderr
     counted = json.loads(done.stdout)
     assert counted["failures"] == []
-    assert [counted[what] for what in ("kills", "stops", "full disks", "damaged checkpoints")] == [
-        4,
-        4,
-        1,
-        1,
-    ]
+    counts = {"kills": 4, "stops": 4, "full disks": 1, "damaged checkpoints": 1, "poisoned": 1}
+    assert {what: counted[what] for what in counts} == counts
     print(f"a sample of `make chaos`, which was not run: {sizes}", file=sys.stderr)
