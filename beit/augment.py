@@ -266,6 +266,35 @@ def normalise(images: Tensor, spec: ImageSpec) -> Tensor:
     return rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
+@dataclass(frozen=True)
+class EraseAndMix:
+    """What is done to a normalised batch of pictures on its device; 0 turns a part off."""
+
+    reprob: float
+    mixup: float
+    cutmix: float
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, num_classes: int, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, H, W) and what they then show: labels (B,), or shares (B, C) where mixed.
+
+        labels: int64 (B,), or bool (B, C).
+        """
+        wanted = labels.float() if labels.ndim == 2 else labels
+        if self.reprob:
+            images = erase(images, self.reprob, rng)
+        if self.mixup or self.cutmix:
+            height, width = images.shape[2:]
+            mix = sample_mix(height, width, self.mixup, self.cutmix, rng)
+            images = mix_images(images, mix)
+            if labels.ndim == 2:
+                wanted = torch.lerp(wanted.flip(0), wanted, mix.share)
+            else:
+                wanted = mix_targets(labels, num_classes, mix)
+        return images, wanted
+
+
 def erase(images: Tensor, probability: float, rng: np.random.Generator) -> Tensor:
     """Random erasing, in place: a box of some pictures of a normalised batch becomes noise, N(0, 1).
 

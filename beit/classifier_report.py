@@ -1,4 +1,4 @@
-"""What a classifier's page shows: how it went, how good it is, what it gets wrong, which labels look wrong.
+"""What a classifier's page shows: how it went, how good it is, what it gets wrong, what is there twice.
 
 Each function adds a section to a `report.Page`; a command calls those for which it has the numbers.
 
@@ -9,7 +9,6 @@ several labels.
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import io
 import platform
@@ -17,15 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
-from beit.atomic import write_atomically
 from beit.data import ImageSource
 from beit.image import BadImage
 from beit.metrics import (
@@ -38,14 +33,11 @@ from beit.metrics import (
     negative_log_likelihood,
     top_k_right,
 )
-from beit.probe import LabelReview
 from beit.report import Page
 from beit.visualize import img_tag, line_chart
 
 MANY = 50  # classes: beyond, pairs are listed instead of the whole matrix, and the worst classes only
 SHOWN_MISTAKES = 24
-SHOWN_SUSPECTS = 12
-NEIGHBOURS = 3
 SHOWN_GROUPS = 30
 WORST_CLASSES = 30
 TILE = 112  # pixels
@@ -66,17 +58,6 @@ class Answers:
     def several(self) -> bool:
         """Whether a picture may have several labels."""
         return self.truth.ndim == 2
-
-
-class Suspect(NamedTuple):
-    """A label that may be wrong."""
-
-    source: ImageSource
-    number: int
-    given: str
-    suggested: str
-    confidence: float  # probability of what is suggested, by a probe that has not seen the label
-    alike: list[tuple[ImageSource, int]]  # the nearest pictures that have the suggested label
 
 
 # --- How it was made -----------------------------------------------------------------------------
@@ -129,6 +110,15 @@ def augmented(page: Page, pictures: Sequence[np.ndarray]) -> None:
 
 
 # --- How good it is ------------------------------------------------------------------------------
+
+
+def how_good(page: Page, answers: Answers, note: str = "", calibrated: str = "") -> None:
+    """All that answers to labelled pictures show; with a sentence on where they are from, and how sure."""
+    headline(page, answers, note)
+    confusions(page, answers)
+    per_class(page, answers)
+    calibration_curve(page, answers, calibrated)
+    mistakes(page, answers)
 
 
 def headline(page: Page, answers: Answers, note: str = "") -> None:
@@ -307,64 +297,6 @@ def _answers_in_words(answers: Answers, index: int) -> str:
 
 
 # --- What is wrong with the data -----------------------------------------------------------------
-
-
-def suspects_of(
-    pictures: Sequence[tuple[ImageSource, int]], labels: Tensor, classes: Sequence[str],
-    review: LabelReview, features: Tensor | None = None,
-) -> list[Suspect]:  # fmt: skip
-    """Labels in the order of a review; the first ones with the nearest pictures that would agree.
-
-    features: (n, D), to find those by.
-    """
-    found = []
-    normed = None if features is None else F.normalize(features.float(), dim=1)
-    for place, number in enumerate(review.order.tolist()):
-        other = int(review.suggestion[number])
-        alike: list[tuple[ImageSource, int]] = []
-        if normed is not None and place < SHOWN_SUSPECTS:
-            agreeing = torch.where(labels == other)[0]
-            nearest = (normed[agreeing] @ normed[number]).topk(min(NEIGHBOURS, len(agreeing))).indices
-            alike = [pictures[int(i)] for i in agreeing[nearest]]
-        confidence = float(review.confidence[number])
-        source, index = pictures[number]
-        given = classes[int(labels[number])]
-        found.append(Suspect(source, index, given, classes[other], confidence, alike))
-    return found
-
-
-def label_errors(page: Page, suspects: Sequence[Suspect], judged_by: str) -> None:
-    """The labels that a look should begin with."""
-    likely = [s for s in suspects if s.confidence > 0.5][:SHOWN_SUSPECTS]
-    page.section(
-        "Labels that may be wrong",
-        f"{judged_by} label_review.csv has all pictures in this order; correct the file names or "
-        "folders of those that are wrong, and train again."
-        if likely
-        else f"None is contradicted with confidence. {judged_by}",
-    )
-    for suspect in likely:
-        tiles = [
-            (
-                picture_of(suspect.source, suspect.number),
-                f"labelled {suspect.given}; {suspect.suggested}? {suspect.confidence:.0%}",
-                file_name(suspect.source.name(suspect.number)),
-            )
-        ]
-        for source, index in suspect.alike:
-            name = file_name(source.name(index))
-            tiles.append((picture_of(source, index), f"alike, {suspect.suggested}", name))
-        page.tiles(tiles)
-
-
-def write_label_review(file: Path, suspects: Sequence[Suspect]) -> None:
-    """A .csv of all labels, likeliest error first: path, label, suggested, confidence."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["path", "label", "suggested", "confidence"])
-    for s in suspects:
-        writer.writerow([s.source.name(s.number), s.given, s.suggested, f"{s.confidence:.4f}"])
-    write_atomically(file, text.getvalue().encode(errors="surrogateescape"))
 
 
 def same_pictures(page: Page, groups: Sequence[tuple[str, Sequence[str]]]) -> None:

@@ -9,6 +9,7 @@ Shapes: n pictures, C classes; truth int64 (n,) labels, or bool (n, C) where pic
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +52,42 @@ class Labelled(NamedTuple):
     def several(self) -> bool:
         """Whether a picture may have several labels."""
         return self.train.truth.ndim == 2
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 (C,): the training pictures of each class."""
+        return np.bincount(self.train.source.labels, minlength=len(self.classes))
+
+    def remarks(self) -> list[str]:
+        """What is to be told before a training: what was held out, what looks like a mistake."""
+        said = []
+        if self.held_out and self.val is not None:
+            count = len(self.val.source)
+            said.append(
+                f"{count:,} of {len(self.train.source) + count:,} pictures are held out to validate on, "
+                "of each class its share, duplicates together; split.csv names them"
+            )
+        for rare, number, meant in self._misspelt():
+            pictures = "1 picture" if number == 1 else f"{number} pictures"
+            said.append(f"class {rare} has {pictures}; is it a misspelt {meant}?")
+        leaks = self.divided.across(self.divided.near)
+        if leaks:
+            _, (one, other, *_) = self.twins()[0]
+            said.append(
+                f"{len(leaks)} pictures are in both parts, which makes numbers too good: {other} is {one}"
+            )
+        return said
+
+    def _misspelt(self) -> list[tuple[str, int, str]]:
+        """Classes of one or two pictures that are named nearly like a far larger one: name, count, that."""
+        found = []
+        counts = np.bincount(self.everything[0].labels, minlength=len(self.classes)).tolist()
+        for name, count in zip(self.classes, counts, strict=True):
+            if count in (1, 2) and not self.several:
+                larger = [c for c, n in zip(self.classes, counts, strict=True) if n >= 3 * count]
+                close = difflib.get_close_matches(name, larger, n=1, cutoff=0.75)
+                found += [(name, count, close[0])] if close else []
+        return found
 
     def twins(self) -> list[tuple[str, list[str]]]:
         """Groups of pictures that are the same: what is to know of each, and their names.

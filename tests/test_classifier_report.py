@@ -18,14 +18,12 @@ from beit.classifier_report import (
     confusions,
     curves,
     headline,
-    label_errors,
     mistakes,
     per_class,
     same_pictures,
-    suspects_of,
-    write_label_review,
 )
 from beit.data import ImageSource, open_source
+from beit.label_review import label_errors, suspects_of, write_label_review
 from beit.metrics import calibration, confusion_matrix, top_k_accuracy
 from beit.probe import review_labels
 from beit.report import Page

@@ -25,24 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from beit.atomic import check_place, write_atomically
-from beit.classifier_report import (
-    Answers,
-    about,
-    calibration_curve,
-    confusions,
-    headline,
-    label_errors,
-    mistakes,
-    per_class,
-    same_pictures,
-    suspects_of,
-    write_label_review,
-)
+from beit.classifier_report import Answers, about, how_good, same_pictures
 from beit.data import ImageSource, open_source
 from beit.engine import Engine
 from beit.graphs import is_graph
 from beit.hub import synsets
 from beit.image import IMAGENET_MEAN, ImageSpec, timm_spec, transformers_spec, unilm_spec
+from beit.label_review import FILE, label_errors, suspects_of, write_label_review
 from beit.metrics import (
     bootstrap_interval,
     calibration,
@@ -163,16 +152,12 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
 def write_page(file: Path, settings: Evaluate, answers: Answers, preset: str) -> None:
     """The page: what is right, what is wrong, and what is wrong with the pictures."""
     page = Page(f"{settings.model} on {settings.data}", "A classifier, scored by beit evaluate.")
-    headline(page, answers, f"Prepared as {preset}.")
-    confusions(page, answers)
-    per_class(page, answers)
-    calibration_curve(page, answers)
-    mistakes(page, answers)
+    how_good(page, answers, f"Prepared as {preset}.")
     truth = torch.from_numpy(answers.truth)
     review = review_labels(torch.from_numpy(answers.logits).double().softmax(dim=1), truth)
     pictures = [(answers.source, number) for number in range(len(truth))]
     suspects = suspects_of(pictures, truth, answers.classes, review)
-    write_label_review(file.with_name("label_review.csv"), suspects)
+    write_label_review(file.with_name(FILE), suspects)
     label_errors(page, suspects, "Judged by the classifier itself, if it has not learned these labels.")
     looked = None
     if len(truth) <= MOST_LOOKED_AT:

@@ -7,75 +7,43 @@ frozen features is as good as anything; with more, fine-tuning has to beat it or
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from beit import distributed
-from beit.augment import (
-    CropAndFlip,
-    erase,
-    mix_images,
-    mix_targets,
-    normalise,
-    sample_mix,
-    to_unit,
-)
+from beit.augment import CropAndFlip, EraseAndMix, normalise, to_unit
 from beit.checkpoints import load_model, save
-from beit.classifier_report import (
-    Answers,
-    about,
-    augmented,
-    calibration_curve,
-    confusions,
-    curves,
-    headline,
-    label_errors,
-    mistakes,
-    per_class,
-    same_pictures,
-    suspects_of,
-    write_label_review,
-)
-from beit.data import BadImages, ImageSource, Loader, batch_at, open_source, sample_rng
+from beit.classifier_report import Answers
+from beit.criterion import Criterion, class_weights, right_of
+from beit.data import BadImages, Loader, open_source
 from beit.engine import Engine
-from beit.features import default_layer
+from beit.finetune_defaults import RELEASED, chosen
+from beit.finetune_report import write_report
 from beit.flops import peak_flops, training_flops
-from beit.frozen import FrozenClassifier, features_of, frozen_classifier
+from beit.frozen import FrozenClassifier, frozen_classifier
 from beit.handover import to_classifier
 from beit.hub import is_size
-from beit.image import BadImage, unilm_spec
+from beit.image import unilm_spec
 from beit.labelled import Labelled, Side, open_labelled
 from beit.metrics import fit_temperature
 from beit.model import Beit, BeitForImageClassification, variant
 from beit.optim import EMA, adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast
-from beit.probe import out_of_fold, review_labels
-from beit.report import Page
 from beit.run import Run, describe_settings
-from beit.split import MOST_LOOKED_AT, data_hash, write_split
-from beit.validation import Validation, logits_of, read_lines, score
-from beit.visualize import to_bytes
+from beit.split import data_hash, write_split
+from beit.validation import Validation, logits_of, score
 
-RELEASED = "beit_base_patch16_224_pt22k"  # what is named to those who begin from nothing
-FEW = 50  # pictures a class; with fewer, frozen features and a linear head
-IMAGE_PASSES = 50_000  # pictures seen in all, where neither epochs nor steps are given
-UNBALANCED = 3.0  # the largest class is so many times the smallest
 LOOKS = 50  # at the validation pictures, at most
 ENOUGH_TO_CALIBRATE = 20  # validation pictures
-MOST_TO_REVIEW = 2e8  # pictures x features x classes: a minute or so
 
 
 @Parameter(name="*")
@@ -173,10 +141,6 @@ class Finetune:
     """Begin again where the folder holds a run."""
 
 
-# Given, they say that one wants to train, and how.
-TRAINING = ("epochs", "batch_size", "lr", "layer_decay", "crop_scale")
-
-
 class Batch(NamedTuple):
     """What a step sees, still on the CPU."""
 
@@ -212,7 +176,11 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
         bad = BadImages(run.out / "bad_images.csv", count, settings.max_bad_images)
         distributed.on_main(lambda: bad.add(data.divided.bad))
     if settings.method != "full":
-        frozen = distributed.on_main(lambda: fit_head(settings, data, model))
+        source, precision = data.train.source, settings.precision
+        frozen = distributed.on_main(
+            lambda: frozen_classifier(model, source, precision, settings.workers, settings.seed)
+        )
+        distributed.say(str(frozen))
     if settings.method != "head":
         result = fit(settings, data, model, run, device)
     final = model
@@ -228,7 +196,9 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
         if settings.calibrate and len(data.val.source) >= ENOUGH_TO_CALIBRATE:
             result["temperature"] = fit_temperature(logits, data.val.truth)
             logits = logits / result["temperature"]
-            divide_head(final, result["temperature"])
+            with torch.no_grad():  # in the head itself, so that whatever runs the model has it
+                for tensor in final.head.parameters():
+                    tensor.div_(result["temperature"])
         result["val_accuracy"] = score(logits, data.val.truth)["accuracy"]
         distributed.say(f"{run.out}: {in_words(result, data)}")
     provenance = {
@@ -242,109 +212,33 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
     distributed.on_main(lambda: save(final, run.out, provenance))
     if settings.report:
         answers = None if data.val is None else Answers(*data.val, logits, data.classes)
-        distributed.on_main(
-            lambda: write_report(settings, data, answers, final, frozen, run, provenance)
-        )
+        view = view_of(settings, final) if settings.method != "head" else None
+        mix = erasing_and_mixing(settings)
+        report = partial(write_report, run, describe_settings(settings), provenance, data)
+        distributed.on_main(lambda: report(answers, final, frozen, view, mix))
     return result
 
 
-# --- What was not said ----------------------------------------------------------------------------
-
-
 def choose(settings: Finetune, data: Labelled) -> Finetune:
-    """The settings with all that was not given, from the number of pictures; says what it chose."""
-    count, classes = len(data.train.source), len(data.classes)
-    pixels = short_side(data.train.source)
-    model = settings.model or ("beit_mini_patch8_32" if pixels < 48 else "beit_tiny_patch8_64")
-    fresh = is_size(model)
-    asked = bool(settings.steps) or any(getattr(settings, name) is not None for name in TRAINING)
-    method = settings.method
-    if method is None:
-        few = count < FEW * classes and not fresh
-        method = "full" if asked or data.several or data.val is None else "head" if few else "best"
-    if method != "full" and data.several:
-        raise ValueError(f"--method {method} is for one label a picture; use --method full")
-    if method == "best" and data.val is None:
-        raise ValueError("--method best compares on validation pictures; give --val, or a --val-share")
-    counts = np.bincount(data.train.source.labels, minlength=classes)
-    unbalanced = counts.max() > UNBALANCED * max(1, counts.min())
-    chosen: dict[str, Any] = {
-        "model": model,
-        "out": Path(f"{run_name(settings.data)}.run"),
-        "method": method,
-    }
-    if method != "head":
-        batch = 64 if count >= 640 else max(8, 2 ** int(math.log2(max(count, 10) / 10)))
-        large = not fresh and re.search("large", model)
-        chosen |= {
-            "batch_size": batch,
-            "lr": 1e-3,
-            "layer_decay": 1.0 if fresh else 0.75 if large else 0.65,
-            "crop_scale": (0.08, 1.0) if asked else (0.3, 1.0),
-        }
-        if unbalanced and not asked and not data.several:
-            chosen["class_weights"] = True
-        if not settings.steps:
-            chosen["epochs"] = min(100, max(10, IMAGE_PASSES // count))
-    new = {name: value for name, value in chosen.items() if getattr(settings, name) is None}
+    """The settings with all that was not given; says what was chosen, and what is odd in the data."""
+    new = chosen(vars(settings), data)
     if settings.model is None:
         distributed.say(
-            f"no --model was named: {model} begins from nothing. A pre-trained one needs far fewer "
+            f"no --model was named: {new['model']} begins from nothing. A pre-trained one needs far fewer "
             f"pictures: give -m {RELEASED}, which is downloaded once; `beit models` lists all"
         )
-    if data.held_out and data.val is not None:
-        distributed.say(
-            f"{len(data.val.source):,} of {len(data.val.source) + count:,} pictures are held out to "
-            "validate on, of each class its share, duplicates together; split.csv names them"
-        )
-    for rare, meant in misspelt(data):
-        number = int((data.everything[0].labels == data.classes.index(rare)).sum())
-        distributed.say(
-            f"class {rare} has {number} picture{'s' * (number > 1)}; is it a misspelt {meant}?"
-        )
-    leaks = data.divided.across(data.divided.near)
-    if leaks:
-        _, (one, other, *_) = data.twins()[0]
-        distributed.say(
-            f"{len(leaks)} pictures are in both parts, which makes numbers too good: {other} is {one}"
-        )
+    for remark in data.remarks():
+        distributed.say(remark)
     if new:
         told = ", ".join(f"{name} {value}" for name, value in new.items() if name != "out")
+        count, classes = len(data.train.source), len(data.classes)
         distributed.say(f"chosen for {count:,} pictures of {classes} classes: {told}")
-    if "class_weights" in new:
+    if new.get("class_weights"):
         distributed.say(
-            f"classes have {counts.min()} to {counts.max()} pictures: rare ones count more in the loss"
+            f"classes have {data.counts.min()} to {data.counts.max()} pictures: rare ones count more in "
+            "the loss"
         )
     return replace(settings, **new)
-
-
-def misspelt(data: Labelled) -> list[tuple[str, str]]:
-    """Classes of one or two pictures whose names are nearly that of a far larger one, and that."""
-    found = []
-    counts = np.bincount(data.everything[0].labels, minlength=len(data.classes))
-    for number, name in enumerate(data.classes):
-        larger = [c for c, n in zip(data.classes, counts, strict=True) if n >= 3 * counts[number]]
-        if 0 < counts[number] <= 2 and not data.several:
-            close = difflib.get_close_matches(name, larger, n=1, cutoff=0.75)
-            found += [(name, close[0])] if close else []
-    return found
-
-
-def run_name(data: Path) -> str:
-    """What a run on some data is called: flowers of flowers/, flowers.csv or shards/flowers-*.tar."""
-    name = data.resolve().name
-    for suffix in (".csv", ".tar", ".parquet", ".txt"):
-        name = name.removesuffix(suffix)
-    return re.split(r"[*?{[]", name)[0].rstrip("-_.") or "finetune"
-
-
-def short_side(source: ImageSource) -> int:
-    """The median short side, in pixels, of up to 50 pictures spread over a source."""
-    sides = []
-    for index in np.linspace(0, len(source) - 1, min(50, len(source))).astype(int).tolist():
-        with suppress(BadImage):
-            sides.append(min(source.open(index).size))
-    return int(np.median(sides)) if sides else 224
 
 
 # --- The models ----------------------------------------------------------------------------------
@@ -382,18 +276,6 @@ def starting_model(
         model.image_spec = replace(model.image_spec, crop_ratio=settings.crop_ratio)
     model.gradient_checkpointing = settings.gradient_checkpointing
     return model
-
-
-def fit_head(settings: Finetune, data: Labelled, start: BeitForImageClassification) -> FrozenClassifier:
-    """A linear head on the frozen features of the starting model."""
-    frozen = frozen_classifier(
-        start, data.train.source, settings.precision, settings.workers, settings.seed
-    )
-    distributed.say(
-        f"a linear head on the frozen block {frozen.layer} of {start.config.depth} is right for "
-        f"{frozen.held_out:.1%} of a fifth of the training pictures that it had not seen"
-    )
-    return frozen
 
 
 def the_better(
@@ -441,6 +323,7 @@ def fit(
     model.train()
     config, spec = model.config, model.image_spec
     view = view_of(settings, model)
+    erase_and_mix = erasing_and_mixing(settings)
     rank, world = distributed.rank(), distributed.size()
     parts = distributed.accumulation(settings.batch_size, settings.device_batch_size)
     loader = Loader.of_run(
@@ -455,7 +338,7 @@ def fit(
     if data.val is not None:
         watched = Validation(run.out, *data.val, model, device, settings.precision)
     truth = torch.from_numpy(data.train.truth)
-    weights = class_weights(data.train.source).to(device) if settings.class_weights else None
+    weights = class_weights(data.counts).to(device) if settings.class_weights else None
     criterion = Criterion(settings.label_smoothing, weights, data.several)
 
     if settings.compile:
@@ -497,7 +380,7 @@ def fit(
         images = normalise(to_unit(pictures, device), spec)
         labels = truth[indices].to(device)
         step_rng = np.random.default_rng([settings.seed, step, 2, rank])
-        images, wanted = mixed(settings, images, labels, config.num_classes, step_rng)
+        images, wanted = erase_and_mix(images, labels, config.num_classes, step_rng)
         loss, right = torch.zeros(2, device=device)
         portions = zip(*(t.tensor_split(parts) for t in (images, wanted, labels)), strict=True)
         for number, (some, targets, truths) in enumerate(portions, 1):
@@ -546,66 +429,9 @@ def view_of(settings: Finetune, model: BeitForImageClassification) -> CropAndFli
     )
 
 
-def mixed(
-    settings: Finetune, images: Tensor, labels: Tensor, num_classes: int, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """What is done to a batch (B, 3, H, W), on its device: erasing and mixing; and what it then shows.
-
-    labels: int64 (B,), or bool (B, C). Returns the images with (B,) labels or (B, C) shares.
-    """
-    wanted = labels.float() if labels.ndim == 2 else labels
-    if settings.reprob:
-        images = erase(images, settings.reprob, rng)
-    if settings.mixup or settings.cutmix:
-        height, width = images.shape[2:]
-        mix = sample_mix(height, width, settings.mixup, settings.cutmix, rng)
-        images = mix_images(images, mix)
-        if labels.ndim == 2:
-            wanted = torch.lerp(wanted.flip(0), wanted, mix.share)
-        else:
-            wanted = mix_targets(labels, num_classes, mix)
-    return images, wanted
-
-
-@dataclass(frozen=True, eq=False)
-class Criterion:
-    """Cross-entropy, summed over pictures; where they have several labels, the mean over the classes of
-    the binary ones."""
-
-    smoothing: float
-    weights: Tensor | None  # (C,)
-    several: bool
-
-    def __call__(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        """logits: (B, C); wanted: (B,) labels, or (B, C) shares or 0s and 1s. Returns ()."""
-        if self.several:
-            smoothed = wanted * (1 - self.smoothing) + self.smoothing / 2
-            return F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none").mean(1).sum()
-        return F.cross_entropy(
-            logits, wanted, self.weights, reduction="sum", label_smoothing=self.smoothing
-        )
-
-
-def class_weights(source: ImageSource) -> Tensor:
-    """(C,) float32: one over the root of a class's number of pictures; 1 in the mean over the pictures."""
-    counts = np.maximum(np.bincount(source.labels, minlength=len(source.classes)), 1)
-    weights = counts**-0.5
-    return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
-
-
-def right_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of (B,) labels are named; of (B, C) answers the shares that are right, summed."""
-    if labels.ndim == 2:
-        return ((logits > 0) == labels).float().mean(dim=1).sum()
-    return (logits.argmax(dim=-1) == labels).sum()
-
-
-def divide_head(model: BeitForImageClassification, temperature: float) -> None:
-    """Calibrate in the head itself, so that whatever runs the model has it."""
-    assert isinstance(model.head, torch.nn.Linear)
-    with torch.no_grad():
-        model.head.weight.div_(temperature)
-        model.head.bias.div_(temperature)
+def erasing_and_mixing(settings: Finetune) -> EraseAndMix:
+    """What is done to a batch, on its device."""
+    return EraseAndMix(settings.reprob, settings.mixup, settings.cutmix)
 
 
 def in_words(result: dict[str, Any], data: Labelled) -> str:
@@ -617,119 +443,3 @@ def in_words(result: dict[str, Any], data: Labelled) -> str:
     if "best_step" in result and result.get("method") != "linear head on frozen features":
         text += f"; the best of the epochs, step {result['best_step']} of {result['steps']}"
     return text
-
-
-# --- The page ------------------------------------------------------------------------------------
-
-
-def write_report(
-    settings: Finetune,
-    data: Labelled,
-    answers: Answers | None,
-    final: BeitForImageClassification,
-    frozen: FrozenClassifier | None,
-    run: Run,
-    provenance: dict[str, Any],
-) -> None:
-    """report.html in the run folder, and the list of labels to review."""
-    name = run.out.resolve().name
-    page = Page(name, f"A classifier of {len(data.classes)} classes, made by beit finetune.")
-    if answers is not None:
-        chosen = (
-            "the epoch, the temperature or the method was chosen on them, which flatters it a little"
-        )
-        headline(page, answers, f"On {len(answers.truth)} validation pictures; {chosen}.")
-    looks = read_lines(run.out)
-    kept = provenance.get("best_step") if frozen is None or final is not frozen.model else None
-    curves(page, run.read_metrics(), looks, kept, data.several)
-    if answers is not None:
-        confusions(page, answers)
-        per_class(page, answers)
-        calibration_curve(page, answers, "The temperature was fitted to these pictures.")
-        mistakes(page, answers)
-    if not data.several:
-        review(settings, data, final, frozen, run, page)
-    if data.divided.looked is not None:
-        same_pictures(page, data.twins())
-    if settings.method != "head":
-        augmented(page, seen_in_training(settings, data, final))
-    pictures = (
-        f"{len(data.train.source)} to train on, {len(answers.truth) if answers else 0} to validate on"
-    )
-    facts = {"pictures": pictures, "data hash": provenance["data_hash"]}
-    about(
-        page,
-        describe_settings(settings),
-        facts,
-        f"beit finetune {settings.data} --config {run.out / 'run.toml'} --out again.run",
-    )
-    page.write(run.out / "report.html")
-    distributed.say(f"the page: {run.out / 'report.html'}")
-
-
-def review(
-    settings: Finetune,
-    data: Labelled,
-    final: BeitForImageClassification,
-    frozen: FrozenClassifier | None,
-    run: Run,
-    page: Page,
-) -> None:
-    """Which labels look wrong to a linear probe that has not seen them; listed, and the first ones shown.
-
-    The features are the frozen ones where there are such, as a trained network may know its labels.
-    """
-    model = final if frozen is None else frozen.model
-    layer = default_layer(model.config.depth) if frozen is None else frozen.layer
-    sources = [data.train.source] if data.val is None else [data.train.source, data.val.source]
-    count = sum(map(len, sources))
-    if count > MOST_LOOKED_AT or count * model.config.embed_dim * len(data.classes) > MOST_TO_REVIEW:
-        page.section("Labels that may be wrong", "Not looked for: there are too many pictures.")
-        return
-    found = [
-        features_of(model, source, [layer], settings.precision, settings.workers)
-        for source in sources[frozen is not None :]
-    ]
-    if frozen is not None:
-        found.insert(0, frozen.features)
-    pictures = [(s, int(i)) for s, f in zip(sources, found, strict=True) for i in f.kept]
-    features = torch.cat([f.layers[layer] for f in found])
-    labels = torch.tensor([int(source.labels[i]) for source, i in pictures])
-    kind = "frozen features" if frozen is not None else "trained features"
-    assert settings.model is not None
-    if is_size(settings.model) and data.divided.looked is not None:
-        # What begins from nothing knows little of shapes; small pictures tell more.
-        sides = zip((data.divided.train, data.divided.val), found, strict=False)
-        numbers = np.concatenate([side[f.kept] for side, f in sides])
-        thumbnails = torch.from_numpy(data.divided.looked.thumbnails[numbers]).flatten(1).float() / 64
-        features, kind = torch.cat([features, thumbnails], dim=1), f"{kind} and thumbnails"
-    probability = out_of_fold(features, labels, len(data.classes), seed=settings.seed)
-    suspects = suspects_of(pictures, labels, data.classes, review_labels(probability, labels), features)
-    right = float((probability.argmax(dim=1) == labels).double().mean())
-    write_label_review(run.out / "label_review.csv", suspects)
-    label_errors(
-        page,
-        suspects,
-        f"Judged by a linear probe on {kind}, which is right for {right:.1%} of the labels that it has "
-        "not seen.",
-    )
-
-
-def seen_in_training(
-    settings: Finetune, data: Labelled, model: BeitForImageClassification
-) -> list[np.ndarray]:
-    """Pictures of the first batch as the network saw them, uint8 (img_size, img_size, 3)."""
-    assert settings.batch_size
-    source, view, pictures, labels = data.train.source, view_of(settings, model), [], []
-    for epoch, index in batch_at(0, len(source), settings.batch_size, settings.seed)[:16]:
-        with suppress(BadImage):
-            pictures.append(view(source.open(index), sample_rng(settings.seed, epoch, index)))
-            labels.append(data.train.truth[index])
-    if not pictures:
-        return []
-    spec = model.image_spec
-    images = normalise(to_unit(pictures, torch.device("cpu")), spec)
-    rng = np.random.default_rng([settings.seed, 0, 2])
-    images, _ = mixed(settings, images, torch.from_numpy(np.array(labels)), len(data.classes), rng)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
-    return list(to_bytes(images * std + mean))

@@ -24,10 +24,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import beit.commands.finetune
+import beit.finetune_defaults
 from beit.checkpoints import load
-from beit.commands.finetune import Criterion, Finetune, class_weights
-from beit.data import ImageSource, open_source
+from beit.commands.finetune import Finetune
+from beit.criterion import Criterion
+from beit.data import open_source
 from beit.engine import Engine
+from beit.frozen import frozen_classifier
 from beit.image import preprocess, read_image
 from beit.model import VARIANTS, BeitForImageClassification
 from beit.run import read_metrics
@@ -381,25 +384,6 @@ def test_a_look_does_not_slow_the_pace(
     assert 12 / slowed["images_per_second"] < 2
 
 
-def test_losses_are_torchs() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, 4, generator=generator)
-    labels = torch.tensor([0, 3, 1, 1, 2])
-    one = Criterion(0.1, None, False)(logits, labels) / 5
-    torch.testing.assert_close(one, F.cross_entropy(logits, labels, label_smoothing=0.1))
-    truth = torch.rand(5, 4, generator=generator) > 0.5
-    several = Criterion(0.0, None, True)(logits, truth.float()) / 5
-    torch.testing.assert_close(several, F.binary_cross_entropy_with_logits(logits, truth.float()))
-
-
-def test_rare_classes_weigh_more_and_the_mean_stays_one(shapes: Path) -> None:
-    source = open_source(shapes)
-    labels = np.array([0] * 27 + [1] * 3)
-    weights = class_weights(ImageSource(source.paths, labels, ("a", "b")))
-    assert float(weights[1] / weights[0]) == pytest.approx(3)
-    assert float((27 * weights[0] + 3 * weights[1]) / 30) == pytest.approx(1)
-
-
 # --- What no flag says -------------------------------------------------------------------------------
 
 QUICK: dict[str, Any] = {
@@ -420,7 +404,7 @@ def test_a_folder_alone_is_enough(
 ) -> None:
     shutil.copytree(shapes / "train", tmp_path / "my shapes")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(beit.commands.finetune, "IMAGE_PASSES", 100)
+    monkeypatch.setattr(beit.finetune_defaults, "IMAGE_PASSES", 100)
     code, out, err = cli("finetune", "my shapes")
     assert (code, out) == (0, "")
     assert "no --model was named: beit_mini_patch8_32 begins from nothing" in err
@@ -491,12 +475,11 @@ def test_fine_tuning_that_is_better_is_taken(
     options = {**FINETUNE, "model": "beit_mini_patch8_32", "method": "best", "steps": 60}
 
     def nothing(*_: Any) -> Any:
-        frozen = fit_head(*_)
+        frozen = frozen_classifier(*_)
         torch.nn.init.zeros_(frozen.model.head.weight)
         return frozen
 
-    fit_head = beit.commands.finetune.fit_head
-    monkeypatch.setattr(beit.commands.finetune, "fit_head", nothing)
+    monkeypatch.setattr(beit.commands.finetune, "frozen_classifier", nothing)
     done = run(tmp_path / "run", "finetune", shapes, **options)
     assert done.result["method"] == "fine-tuned"
     assert done.result["val_accuracy"] == done.result["finetuned_accuracy"]
@@ -525,7 +508,7 @@ def test_the_saved_model_is_calibrated_on_the_validation_pictures(
 def test_unbalanced_classes_are_weighed_and_said_so(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(beit.commands.finetune, "IMAGE_PASSES", 100)
+    monkeypatch.setattr(beit.finetune_defaults, "IMAGE_PASSES", 100)
     shutil.copytree(shapes / "train", tmp_path / "data")
     for number in range(4, 12):
         (tmp_path / "data" / "disc" / f"{number:02d}.png").unlink()
@@ -559,7 +542,7 @@ def test_a_csv_with_several_labels_trains_a_question_a_class(tmp_path: Path) -> 
 
 
 def test_the_run_is_named_for_its_data() -> None:
-    name = beit.commands.finetune.run_name
+    name = beit.finetune_defaults.run_name
     assert name(Path("flowers/")) == "flowers"
     assert name(Path("a/flowers.v2")) == "flowers.v2"
     assert name(Path("labels.csv")) == "labels"

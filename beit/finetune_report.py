@@ -1,0 +1,85 @@
+"""The page of a fine-tuning: how good it is, what may be wrong with the pictures, how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from beit import distributed
+from beit.augment import CropAndFlip, EraseAndMix, normalise, to_unit
+from beit.classifier_report import Answers, about, augmented, curves, how_good, same_pictures
+from beit.data import batch_at, sample_rng
+from beit.frozen import FrozenClassifier
+from beit.hub import is_size
+from beit.image import BadImage, ImageSpec
+from beit.label_review import review
+from beit.labelled import Labelled, Side
+from beit.model import BeitForImageClassification
+from beit.report import Page
+from beit.run import Run
+from beit.validation import read_lines
+from beit.visualize import to_bytes
+
+FLATTERED = "the epoch, the temperature or the method was chosen on them, which flatters it a little"
+
+
+def write_report(
+    run: Run, settings: Mapping[str, Any], provenance: Mapping[str, Any], data: Labelled,
+    answers: Answers | None, final: BeitForImageClassification, frozen: FrozenClassifier | None,
+    view: CropAndFlip | None, erase_and_mix: EraseAndMix,
+) -> None:  # fmt: skip
+    """Write it to the run folder, and the list of labels to review beside it.
+
+    settings: as in run.toml. provenance: as saved with the model. answers: of the validation pictures.
+    view: what was done to a training picture; None where only a head was fitted.
+    """
+    name = run.out.resolve().name
+    page = Page(name, f"A classifier of {len(data.classes)} classes, made by beit finetune.")
+    count = 0 if answers is None else len(answers.truth)
+    if answers is not None:
+        note = f"On {count} validation pictures; {FLATTERED}."
+        how_good(page, answers, note, "The temperature was fitted to these pictures.")
+    workers, seed = settings["workers"], settings["seed"]
+    if not data.several:
+        fresh = is_size(settings["model"])
+        review(page, run.out, data, final, frozen, fresh, settings["precision"], workers, seed)
+    if data.divided.looked is not None:
+        same_pictures(page, data.twins())
+    kept = provenance.get("best_step") if frozen is None or final is not frozen.model else None
+    curves(page, run.read_metrics(), read_lines(run.out), kept, data.several)
+    if view is not None:
+        seen = first_batch(
+            data.train, settings["batch_size"], seed, view, erase_and_mix, final.image_spec
+        )
+        augmented(page, seen)
+    facts = {
+        "pictures": f"{len(data.train.source)} to train on, {count} to validate on",
+        "data hash": provenance["data_hash"],
+    }
+    again = f"beit finetune {settings['data']} --config {run.out / 'run.toml'} --out again.run"
+    about(page, settings, facts, again)
+    page.write(run.out / "report.html")
+    distributed.say(f"the page: {run.out / 'report.html'}")
+
+
+def first_batch(
+    train: Side, batch_size: int, seed: int, view: CropAndFlip, erase_and_mix: EraseAndMix,
+    spec: ImageSpec,
+) -> list[np.ndarray]:  # fmt: skip
+    """Pictures of a run's first batch as the network saw them, uint8 (img_size, img_size, 3)."""
+    pictures, labels = [], []
+    for epoch, index in batch_at(0, len(train.source), batch_size, seed)[:16]:
+        with suppress(BadImage):
+            pictures.append(view(train.source.open(index), sample_rng(seed, epoch, index)))
+            labels.append(train.truth[index])
+    if not pictures:
+        return []
+    images = normalise(to_unit(pictures, torch.device("cpu")), spec)
+    truth, classes = torch.from_numpy(np.array(labels)), len(train.source.classes)
+    images, _ = erase_and_mix(images, truth, classes, np.random.default_rng([seed, 0, 2]))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+    return list(to_bytes(images * std + mean))

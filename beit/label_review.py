@@ -1,0 +1,145 @@
+"""Which labels look wrong: a list with the likeliest errors first, and its section of a classifier's page.
+
+A linear probe that has not seen a label says what it would be. Its features are frozen ones where there
+are such, as a trained network may know its labels by heart.
+
+Shapes: n pictures, D features; labels int64 (n,).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit.atomic import write_atomically
+from beit.classifier_report import file_name, picture_of
+from beit.data import ImageSource
+from beit.features import default_layer
+from beit.frozen import MOST_PICTURES, FrozenClassifier, features_of
+from beit.labelled import Labelled
+from beit.model import Beit
+from beit.precision import Precision
+from beit.probe import LabelReview, out_of_fold, review_labels
+from beit.report import Page
+
+FILE = "label_review.csv"
+SHOWN = 12
+NEIGHBOURS = 3
+MOST_NUMBERS = 2e8  # pictures x features x classes: a minute or so
+
+
+class Suspect(NamedTuple):
+    """A label that may be wrong."""
+
+    source: ImageSource
+    number: int
+    given: str
+    suggested: str
+    confidence: float  # probability of what is suggested, by a probe that has not seen the label
+    alike: list[tuple[ImageSource, int]]  # the nearest pictures that have the suggested label
+
+
+def review(
+    page: Page, folder: Path, data: Labelled, model: Beit, frozen: FrozenClassifier | None,
+    from_nothing: bool, precision: Precision, workers: int, seed: int,
+) -> None:  # fmt: skip
+    """Judge all labels of a fine-tuning; list them in a file of a folder, and show the first ones.
+
+    model: what came of it, which is looked at where there are no `frozen` features.
+    from_nothing: such a network knows little of shapes; small pictures tell more.
+    """
+    model = model if frozen is None else frozen.model
+    layer = default_layer(model.config.depth) if frozen is None else frozen.layer
+    sides = [data.train.source] if data.val is None else [data.train.source, data.val.source]
+    count = sum(map(len, sides))
+    if count > MOST_PICTURES or count * model.config.embed_dim * len(data.classes) > MOST_NUMBERS:
+        page.section("Labels that may be wrong", "Not looked for: there are too many pictures.")
+        return
+    found = [frozen.features] if frozen is not None else []
+    for source in sides[len(found) :]:
+        found.append(features_of(model, source, [layer], precision, workers))
+    pictures = [(s, int(i)) for s, f in zip(sides, found, strict=True) for i in f.kept]
+    features = torch.cat([f.layers[layer] for f in found])
+    labels = torch.tensor([int(source.labels[i]) for source, i in pictures])
+    kind = "frozen features" if frozen is not None else "trained features"
+    if from_nothing and data.divided.looked is not None:
+        numbers = zip((data.divided.train, data.divided.val), found, strict=False)
+        chosen = np.concatenate([side[f.kept] for side, f in numbers])
+        thumbnails = torch.from_numpy(data.divided.looked.thumbnails[chosen]).flatten(1).float() / 64
+        features, kind = torch.cat([features, thumbnails], dim=1), f"{kind} and thumbnails"
+    probability = out_of_fold(features, labels, len(data.classes), seed=seed)
+    suspects = suspects_of(pictures, labels, data.classes, review_labels(probability, labels), features)
+    right = float((probability.argmax(dim=1) == labels).double().mean())
+    write_label_review(folder / FILE, suspects)
+    label_errors(
+        page,
+        suspects,
+        f"Judged by a linear probe on {kind}, which is right for {right:.1%} of the labels that it has "
+        "not seen.",
+    )
+
+
+def suspects_of(
+    pictures: Sequence[tuple[ImageSource, int]], labels: Tensor, classes: Sequence[str],
+    review: LabelReview, features: Tensor | None = None,
+) -> list[Suspect]:  # fmt: skip
+    """Labels in the order of a review; the first ones with the nearest pictures that would agree.
+
+    features: (n, D), to find those by.
+    """
+    found = []
+    normed = None if features is None else F.normalize(features.float(), dim=1)
+    for place, number in enumerate(review.order.tolist()):
+        other = int(review.suggestion[number])
+        alike: list[tuple[ImageSource, int]] = []
+        if normed is not None and place < SHOWN:
+            agreeing = torch.where(labels == other)[0]
+            nearest = (normed[agreeing] @ normed[number]).topk(min(NEIGHBOURS, len(agreeing))).indices
+            alike = [pictures[int(i)] for i in agreeing[nearest]]
+        confidence = float(review.confidence[number])
+        source, index = pictures[number]
+        given = classes[int(labels[number])]
+        found.append(Suspect(source, index, given, classes[other], confidence, alike))
+    return found
+
+
+def label_errors(page: Page, suspects: Sequence[Suspect], judged_by: str) -> None:
+    """The labels that a look should begin with."""
+    likely = [s for s in suspects if s.confidence > 0.5][:SHOWN]
+    page.section(
+        "Labels that may be wrong",
+        f"{judged_by} {FILE} has all pictures in this order; correct the file names or "
+        "folders of those that are wrong, and train again."
+        if likely
+        else f"None is contradicted with confidence. {judged_by}",
+    )
+    for suspect in likely:
+        tiles = [
+            (
+                picture_of(suspect.source, suspect.number),
+                f"labelled {suspect.given}; {suspect.suggested}? {suspect.confidence:.0%}",
+                file_name(suspect.source.name(suspect.number)),
+            )
+        ]
+        for source, index in suspect.alike:
+            name = file_name(source.name(index))
+            tiles.append((picture_of(source, index), f"alike, {suspect.suggested}", name))
+        page.tiles(tiles)
+
+
+def write_label_review(file: Path, suspects: Sequence[Suspect]) -> None:
+    """A .csv of all labels, likeliest error first: path, label, suggested, confidence."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["path", "label", "suggested", "confidence"])
+    for s in suspects:
+        writer.writerow([s.source.name(s.number), s.given, s.suggested, f"{s.confidence:.4f}"])
+    write_atomically(file, text.getvalue().encode(errors="surrogateescape"))
