@@ -71,7 +71,7 @@ class ImageSource:
         """Picture `index` with its header read, to be decoded later. Raises BadImage."""
         name = self.name(index)
         now_doing(name)
-        return open_image(self.paths.content(index), name)
+        return open_image(self.paths.file(index) or self.paths.content(index), name)
 
     def read(self, index: int) -> np.ndarray:
         """Picture `index` as uint8 (H, W, 3) RGB. Raises BadImage."""

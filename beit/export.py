@@ -41,6 +41,7 @@ from beit.graphs import (
     Kind,
     Output,
     import_openvino,
+    signal_stack_kept,
     multiplies_bf16,
     open_graph,
     require,
@@ -482,14 +483,15 @@ def _quantise_openvino(
     import nncf
 
     graph = openvino.Core().read_model(exact)
-    smaller = nncf.quantize(
-        graph,
-        nncf.Dataset([picture[None] for picture in pictures]),
-        model_type=nncf.ModelType.TRANSFORMER,  # symmetric weights, activations from lowest to highest
-        subset_size=len(pictures),
-        # The pixels' own layer is under 1 % of the work, and what it loses is lost for all others.
-        ignored_scope=nncf.IgnoredScope(names=kept, types=["Convolution"]),
-    )
+    with signal_stack_kept():
+        smaller = nncf.quantize(
+            graph,
+            nncf.Dataset([picture[None] for picture in pictures]),
+            model_type=nncf.ModelType.TRANSFORMER,  # symmetric weights, activations from lowest to highest
+            subset_size=len(pictures),
+            # The pixels' own layer is under 1 % of the work, and what it loses is lost for all others.
+            ignored_scope=nncf.IgnoredScope(names=kept, types=["Convolution"]),
+        )
     smaller.set_rt_info(about.to_json(), "beit")
     openvino.save_model(smaller, made, compress_to_fp16=False)
 

@@ -10,10 +10,12 @@ Shapes: B batch, any; the rest is fixed in the file.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -149,6 +151,28 @@ def import_openvino() -> Any:
     return openvino
 
 
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """Give this thread back the stack it handles signals on, which OpenVINO's processor plugin replaces.
+
+    Each plugin brings a stack and, when it goes, puts back the one before, which went with its own plugin
+    if that was the first to go. Then the next signal, a Ctrl-C, is a segmentation fault.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    libc, before = ctypes.CDLL(None), _SignalStack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
+
+
 class OpenVinoGraph:
     """An .xml by OpenVINO on the processor."""
 
@@ -168,7 +192,8 @@ class OpenVinoGraph:
         }
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
-        self._compiled = core.compile_model(model, "CPU", settings)
+        with signal_stack_kept():
+            self._compiled = core.compile_model(model, "CPU", settings)
 
     def __call__(self, *inputs: np.ndarray) -> np.ndarray:
         return np.array(self._compiled(list(inputs), share_inputs=True)[0])

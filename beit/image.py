@@ -23,13 +23,14 @@ import io
 import logging
 import math
 import os
+import re
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -42,7 +43,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # nothin
 
 MAX_PIXELS = 50_000_000  # the environment variable BEIT_MAX_PIXELS sets another
 MAX_FILE_BYTES = 100_000_000
-MAX_HEADER_BYTES = 32_000_000  # what a file may say before its first pixel
+MAX_HEADER_BYTES = 32_000_000  # what a file may say besides its pixels
+HELD_AT_ONCE = 4 << 20  # bytes; the header of a larger file is read before the file is held
 READ_COST = 4096  # bytes that a read counts at least, so that a header of single bytes ends as well
 
 Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
@@ -164,8 +166,11 @@ class OpenImage:
         with _only_bad_images(self.name):
             if isinstance(source, Image.Image):
                 self._source = source
+            elif isinstance(source, bytes):
+                check_file_size(len(source), self.name)
+                self._source = source
             else:
-                self._source = _file_bytes(source, self.name)
+                self._source = self._content(source)
             self._unread: Image.Image | None = self._open()
             width, height = self._unread.size
             self.size = (height, width) if self._is_turned(self._unread) else (width, height)
@@ -202,14 +207,26 @@ class OpenImage:
             return anywhere and _orientation(image) >= 5
         return _orientation(image) >= 5
 
+    def _content(self, path: str | os.PathLike[str]) -> bytes:
+        """A file, if there may be a picture in it: what is refused takes no memory of its own size."""
+        with open_file(path, self.name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > HELD_AT_ONCE:
+                with _FileHeader(file.fileno(), size, self.name) as header:
+                    self._check(_open_header(header))
+                file.seek(0)
+            return file.read(size)
+
     def _open(self) -> Image.Image:
         if isinstance(self._source, Image.Image):
-            image = self._source
-        else:
-            assert isinstance(self._source, bytes)
-            header = _Header(self._source, self.name)
-            image = Image.open(header, formats=FORMATS)
-            header.budget = math.inf
+            return self._check(self._source)
+        assert isinstance(self._source, bytes)
+        header = _Header(self._source, self.name)
+        image = self._check(_open_header(header))
+        header.budget = math.inf
+        return image
+
+    def _check(self, image: Image.Image) -> Image.Image:
         width, height = image.size
         if width * height == 0:
             raise BadImage("empty", self.name, "a picture without pixels")
@@ -219,26 +236,69 @@ class OpenImage:
         return image
 
 
-class _Header(io.BytesIO):
-    """A file whose header ends: more reading than any real header takes is refused."""
+class _Limited:
+    """A file whose header ends: more reading than any real header takes is refused, before it is done."""
 
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self.name = name
-        self.budget: float = MAX_HEADER_BYTES
+    name: str
+    length: int
+    budget: float
 
     def __repr__(self) -> str:  # in Pillow's errors, which are to be the same each time
         return repr(os.path.basename(self.name))
 
     def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(size)
         if size is not None and size >= 0:  # formats that are read whole say so with -1
-            self.budget -= max(len(data), READ_COST)
-            if self.budget < 0:
-                raise BadImage(
-                    "too_large", self.name, f"its header is longer than {MAX_HEADER_BYTES:,} bytes"
-                )
-        return data
+            self.take(max(READ_COST, min(size, self.length - self.tell())))  # type: ignore[attr-defined]
+        return super().read(size)  # type: ignore[misc,no-any-return]
+
+    def take(self, size: int) -> None:
+        """Count bytes of a header. Raises BadImage."""
+        self.budget -= size
+        if self.budget < 0:
+            reason = f"its header is longer than {MAX_HEADER_BYTES:,} bytes"
+            raise BadImage("too_large", self.name, reason)
+
+
+class _Header(_Limited, io.BytesIO):
+    """Of a file in memory."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name, self.length, self.budget = name, len(content), MAX_HEADER_BYTES
+
+
+class _FileHeader(_Limited, io.BufferedReader):
+    """Of an open file, which stays open."""
+
+    def __init__(self, number: int, length: int, name: str) -> None:
+        super().__init__(io.FileIO(number, closefd=False))
+        self.name, self.length, self.budget = name, length, MAX_HEADER_BYTES
+
+
+_PIXEL_CHUNKS = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANMF")
+
+
+def _open_header(header: _Header | _FileHeader) -> Image.Image:
+    """Pillow's picture of a file whose header is not too long.
+
+    A WebP or an AVIF Pillow reads whole, so what they hold besides pixels is measured first.
+    """
+    head = header.read(READ_COST)
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        place = 12
+        while place + 8 <= header.length:
+            header.seek(place)
+            chunk = header.read(8)
+            size = int.from_bytes(chunk[4:], "little")
+            if chunk[:4] not in _PIXEL_CHUNKS:
+                header.take(min(size, header.length - place))
+            place += 8 + size + size % 2
+    elif head[4:12] == b"ftypavif":
+        sides = re.findall(rb"ispe....(....)(....)", head, re.DOTALL)
+        pixels = max((int.from_bytes(w, "big") * int.from_bytes(h, "big") for w, h in sides), default=0)
+        header.take(max(0, header.length - 8 * pixels))
+    header.seek(0)
+    return Image.open(header, formats=FORMATS)
 
 
 def _pixel_limit() -> int:
@@ -289,15 +349,31 @@ def _only_bad_images(name: str) -> Iterator[None]:
         raise BadImage("missing", name, "no such file") from None
     except Image.DecompressionBombError as error:  # far above our limit
         raise BadImage("too_large", name, str(error)) from None
+    except OSError as error:  # the system's have a number, Pillow's none
+        what = "not a readable picture" if error.errno is None else "cannot be read"
+        raise BadImage("unreadable", name, f"{what} ({error.strerror or error})") from error
     except Exception as error:  # Pillow raises six kinds for broken files, SyntaxError among them
         raise BadImage("unreadable", name, f"not a readable picture ({error})") from error
 
 
-def _file_bytes(source: str | os.PathLike[str] | bytes, name: str) -> bytes:
-    size = len(source) if isinstance(source, bytes) else os.stat(source).st_size
+def open_file(path: str | os.PathLike[str], name: str) -> io.BufferedReader:
+    """A file to read, if it is one: a pipe would wait for its writer. Raises BadImage, OSError."""
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage("unreadable", name, "not a file")
+        check_file_size(status.st_size, name)
+        return open(file, "rb")
+    except BaseException:
+        os.close(file)
+        raise
+
+
+def check_file_size(size: int, name: str) -> None:
+    """Refuse more than a picture may have. Raises BadImage."""
     if size > MAX_FILE_BYTES:
         raise BadImage("too_large", name, f"{size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
-    return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:

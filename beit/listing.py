@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 import tarfile
 import time
@@ -33,7 +32,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from beit.image import IMAGE_EXTENSIONS, MAX_FILE_BYTES, BadImage
+from beit.image import IMAGE_EXTENSIONS, BadImage, check_file_size, open_file
 from beit.workers import load_in_processes
 
 WORTH_KEEPING_S = 0.5  # an index that took longer to make is kept
@@ -82,6 +81,11 @@ class Places(Sequence[Path]):
 
     def _root(self, index: int) -> str:
         return self.roots[self.root[index]] if len(self.root) else self.roots[0]
+
+    def file(self, index: int) -> str | None:
+        """The path of a picture that is a file of its own on this machine."""
+        name = self.name(index)
+        return None if len(self.start) or is_address(name) else name
 
     def content(self, index: int) -> bytes:
         """The bytes of a picture's file. Raises BadImage."""
@@ -188,30 +192,19 @@ def _bytes(file: str, name: str, start: int = 0, size: int | None = None) -> byt
         if is_address(file):
             system, path = file_system(file)
             size = system.size(path) if size is None else size
-            _check_size(name, size)
+            check_file_size(size, name)
             return bytes(system.cat_file(path, start=start, end=start + size))
-        with open(file, "rb", opener=_without_waiting) as stream:
-            if size is None:
-                status = os.fstat(stream.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise BadImage("unreadable", name, "not a file")
-                size = status.st_size
-            _check_size(name, size)
-            stream.seek(start)
-            return stream.read(size)
+        if size is not None:
+            check_file_size(size, name)
+            with open(file, "rb") as shard:
+                shard.seek(start)
+                return shard.read(size)
+        with open_file(file, name) as stream:
+            return stream.read()
     except FileNotFoundError:
         raise BadImage("missing", name, "no such file") from None
     except OSError as error:
         raise BadImage("unreadable", name, f"cannot be read ({error.strerror or error})") from error
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for its writer
-
-
-def _check_size(name: str, size: int) -> None:
-    if size > MAX_FILE_BYTES:
-        raise BadImage("too_large", name, f"{size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
 
 
 def _open(place: str) -> IO[bytes]:
@@ -609,5 +602,5 @@ def _parquet_image(file: str, group: int, row: int, name: str) -> bytes:
         raise BadImage("unreadable", name, f"cannot be read ({error})") from error
     if content is None:
         raise BadImage("missing", name, "a row without bytes")
-    _check_size(name, len(content))
+    check_file_size(len(content), name)
     return bytes(content)

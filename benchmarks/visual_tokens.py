@@ -1,7 +1,7 @@
 """Two questions about tokenizers: how fast DALL-E's encodes, and what to teach VQ-KD without a teacher.
 
     python benchmarks/visual_tokens.py speed
-    python benchmarks/visual_tokens.py targets DATA --arm pixels
+    python benchmarks/visual_tokens.py targets DATA --arm pixels second_stage normed_pixels dvae own_average
 
 `targets` trains a small tokenizer on one target (or our dVAE), pre-trains `beit_mini_patch8_32` on its
 tokens, and probes that: everything equal but the target. DATA has train/ and val/ pictures with
@@ -11,6 +11,7 @@ classes; they are kept in memory at 64 pixels, and crops have 48. Times are of t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -30,10 +31,10 @@ from beit.image import ImageSpec, resize_and_crop
 from beit.masking import sample_mask
 from beit.metrics import codebook_use
 from beit.model import Beit, BeitForMaskedImageModeling, variant
-from beit.optim import adamw, cosine_schedule, param_groups
+from beit.optim import EMA, adamw, cosine_schedule, param_groups
 from beit.probe import fit_best_probe
 from beit.tokenizer import DalleConfig, DalleTokenizer, DiscreteVAE, DiscreteVAEConfig
-from beit.vqkd import VQKD, VQKDConfig, patch_pixels
+from beit.vqkd import VQKD, VQKDConfig, patch_pixels, patch_tokens
 
 KEPT, SIZE, PATCH, BATCH = 64, 48, 8, 64  # pixels, pixels, pixels, pictures
 
@@ -113,6 +114,25 @@ TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class OwnAverage:
+    """Pixels, and what the running average of the tokenizer's own encoder says of them; both weigh the
+    same. Pixels alone keep it from saying one thing of all."""
+
+    def __init__(self, tokenizer: VQKD) -> None:
+        self.encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(False).eval()
+        self.average = EMA(tokenizer.encoder, decay=0.99)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        said = patch_tokens(self.encoder, 2 * images - 1)
+        features = F.normalize(F.layer_norm(said, said.shape[-1:]), dim=-1)
+        return torch.cat([F.normalize(pixels(images), dim=-1), features], dim=-1)
+
+    def update(self, tokenizer: VQKD) -> None:
+        """Follow the encoder after a step."""
+        self.average.update(tokenizer.encoder)
+        self.average.copy_to(self.encoder)
+
+
 class Pictures:
     """A source in memory, uint8 (n, KEPT, KEPT, 3)."""
 
@@ -146,21 +166,27 @@ def as_images(array: np.ndarray) -> Tensor:
 
 
 def train_tokenizer(
-    arm: str, teacher: str, vocab_size: int, steps: int, seed: int, train: Pictures
+    arm: str, teacher: Beit | None, vocab_size: int, steps: int, seed: int, train: Pictures
 ) -> DiscreteVAE | VQKD:
     """Our dVAE, or a VQ-KD with the encoder of `beit_mini_patch8_32` and one decoder block."""
     target = TARGETS.get(arm, pixels)
-    if arm == "model":
+    if arm == "second_stage":
+        if teacher is None:
+            raise SystemExit("second_stage comes after another arm, or with --teacher")
         grid = (SIZE // PATCH, SIZE // PATCH)
-        target = partial(model_features, load_model(teacher).requires_grad_(False), grid)
+        target = partial(model_features, teacher.eval().requires_grad_(False), grid)
     torch.manual_seed(seed)
     tokenizer: DiscreteVAE | VQKD
     if arm == "dvae":
         tokenizer = DiscreteVAE(DiscreteVAEConfig(SIZE, vocab_size, hidden_dim=32))
     else:
         width = target(torch.zeros(1, 3, SIZE, SIZE)).shape[-1]
+        if arm == "own_average":
+            width += 96
         sizes = VQKDConfig(SIZE, PATCH, 96, 4, 1, 4, vocab_size, 32, width, revive_after_steps=20)
         tokenizer = VQKD(sizes)
+    own = OwnAverage(tokenizer) if arm == "own_average" and isinstance(tokenizer, VQKD) else None
+    target = own or target
     optimizer = adamw([p for p in tokenizer.parameters() if p.requires_grad], 1e-3, (0.9, 0.99), 1e-4)
     tokenizer.train()
     for step in range(steps):
@@ -171,6 +197,8 @@ def train_tokenizer(
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
+        if own and isinstance(tokenizer, VQKD):
+            own.update(tokenizer)
     return tokenizer.eval()
 
 
@@ -222,22 +250,23 @@ def probe(model: Beit, train: Pictures, val: Pictures) -> dict[int, float]:
 
 
 def targets(given: argparse.Namespace) -> None:
-    """One arm, as a JSON line."""
+    """A JSON line an arm. `second_stage` has the model of the arm before it as its teacher."""
     train, val = (Pictures(open_source(given.data, split, labelled=True)) for split in ("train", "val"))
-    began = time.process_time()
-    tokenizer = train_tokenizer(
-        given.arm, given.teacher, given.vocab_size, given.steps, given.seed, train
-    )
-    token_ids = torch.cat([tokenizer.encode(images).flatten() for images in val.centres()])
-    use = codebook_use(torch.bincount(token_ids, minlength=given.vocab_size).numpy())
-    row = {"arm": given.arm, "seed": given.seed, "live": use.live, "perplexity": use.perplexity}
-    row["tokenizer_cpu_s"] = time.process_time() - began
-    began = time.process_time()
-    model, loss, accuracy = pretrain(tokenizer, given.pretrain_steps, given.seed, train)
-    row |= {"loss": loss, "token_accuracy": accuracy, "pretrain_cpu_s": time.process_time() - began}
-    for layer, score in probe(model, train, val).items():
-        row[f"probe_{layer}"] = score
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
+    model = load_model(given.teacher) if given.teacher else None
+    for arm in given.arm:
+        began = time.process_time()
+        tokenizer = train_tokenizer(arm, model, given.vocab_size, given.steps, given.seed, train)
+        token_ids = torch.cat([tokenizer.encode(images).flatten() for images in val.centres()])
+        use = codebook_use(torch.bincount(token_ids, minlength=given.vocab_size).numpy())
+        row = {"arm": arm, "seed": given.seed, "live": use.live, "perplexity": use.perplexity}
+        row["tokenizer_cpu_s"] = time.process_time() - began
+        began = time.process_time()
+        model, loss, accuracy = pretrain(tokenizer, given.pretrain_steps, given.seed, train)
+        row |= {"loss": loss, "token_accuracy": accuracy, "pretrain_cpu_s": time.process_time() - began}
+        for layer, score in probe(model, train, val).items():
+            row[f"probe_{layer}"] = score
+        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+        print(json.dumps(rounded), flush=True)
 
 
 def main() -> None:
@@ -246,8 +275,9 @@ def main() -> None:
     ask.add_parser("speed")
     comparing = ask.add_parser("targets")
     comparing.add_argument("data")
-    comparing.add_argument("--arm", choices=["dvae", "model", *TARGETS], required=True)
-    comparing.add_argument("--teacher", default="", help="model folder, for --arm model")
+    arms = ["dvae", "second_stage", "own_average", *TARGETS]
+    comparing.add_argument("--arm", choices=arms, nargs="+", required=True)
+    comparing.add_argument("--teacher", default="", help="model folder, if second_stage comes first")
     comparing.add_argument("--vocab-size", type=int, default=1024)
     comparing.add_argument("--steps", type=int, default=400)
     comparing.add_argument("--pretrain-steps", type=int, default=1176)

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,25 +106,21 @@ class Chaos:
 
     def wait(self, child: int, seconds: float) -> int | None:
         """The exit code of a child, minus a signal's number where one killed it; None while it lives."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        for _ in awake(seconds, 0.002):
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 return os.waitstatus_to_exitcode(status)
-            time.sleep(0.002)
         return None
 
     def until_phase(self, child: int, phase: str) -> int | None:
         """Wait for a phase to begin and a random while in it; an exit code if the run ended first."""
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
+        for _ in awake(60, 0.0003):
             if phase_now() == phase:
                 time.sleep(self.rng.choice((0, 0.001, 0.01, 0.1)) * self.rng.random())
                 return None
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 return os.waitstatus_to_exitcode(status)
-            time.sleep(0.0003)
         return None
 
     def blow(self, out: Path) -> tuple[int, int | None]:
@@ -177,11 +173,15 @@ class Chaos:
         if code is None:
             number = self.rng.choice(list(SIGNALS))
             phase = phase_now()
-            began = time.monotonic()
             os.kill(child, number)
-            code = self.wait(child, 60)
-            self.slowest_stop_s = max(self.slowest_stop_s, time.monotonic() - began)
-            if code is None or time.monotonic() - began > LIMIT_S:
+            code, seconds = None, 0.0
+            for seconds in awake(60, 0.002):
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    code = os.waitstatus_to_exitcode(status)
+                    break
+            self.slowest_stop_s = max(self.slowest_stop_s, seconds)
+            if code is None or seconds > LIMIT_S:
                 self.fail(f"{number.name} in {phase}: no end within {LIMIT_S:.0f} s")
             elif code != SIGNALS[number] and not (code == 0 and (out / "config.json").exists()):
                 self.fail(f"{number.name} in {phase}: ended with {code}")
@@ -218,9 +218,9 @@ class Chaos:
     def damage(self, out: Path) -> None:
         """Stop a run, then cut or change a file of its newest checkpoint."""
         child = self.start(self.command(out.name))
-        until = time.monotonic() + 60
-        while len(snapshots(out / "checkpoints")) < 2 and time.monotonic() < until:
-            time.sleep(0.002)
+        for _ in awake(60, 0.002):
+            if len(snapshots(out / "checkpoints")) > 1:
+                break
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         file = self.rng.choice(sorted(snapshots(out / "checkpoints")[-1].iterdir()))
@@ -284,6 +284,17 @@ def obey_modes() -> None:
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     if os.geteuid() == 0 and ctypes.CDLL(None).capset(header, none) != 0:
         raise OSError("capset failed")
+
+
+def awake(seconds: float, pause: float) -> Iterator[float]:
+    """The seconds that went by, until they are so many, with pauses. Those that this process slept through,
+    stopped by somebody (and the child with it), do not count."""
+    passed, last = 0.0, time.monotonic()
+    while passed < seconds:
+        yield passed
+        time.sleep(pause)
+        now = time.monotonic()
+        passed, last = passed + min(now - last, 1.0), now
 
 
 def phase_now() -> str:

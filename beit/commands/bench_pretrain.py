@@ -127,7 +127,7 @@ def bench_pretrain(settings: BenchPretrain = BenchPretrain()) -> dict[str, Any]:
 
 
 WITH_MODEL = ("model", "all together", "transformers bf16", "transformers fp32")
-LOADER_STEPS = 16  # its steps are short, and its processes take a moment to start
+LOADER_STEPS = 16  # its steps are short
 
 
 def masked_patches(config: BeitConfig) -> int:
@@ -144,13 +144,6 @@ def make_parts(
     device: torch.device,
 ) -> dict[str, Callable[[int], None]]:
     """What is timed: name -> do so many steps."""
-    torch.manual_seed(0)
-    model = BeitForMaskedImageModeling(config).to(device).train()
-    if settings.compile:
-        for block in model.blocks:
-            block.compile()
-    network = MaskedLogits(model)
-    optimizer = adamw(param_groups(model, 0.05), 1e-4)
     size, (height, width) = config.image_height_width[0], config.grid
     views = TwoViews(img_size=size, token_size=height * tokenizer.stride)
     mask_of = partial(
@@ -161,15 +154,20 @@ def make_parts(
     def prepare(picture: OpenImage, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         return *views(picture, rng), mask_of(rng)
 
-    place = 0
+    # One loader for all, as a run has one: its processes are forked before there is much to copy.
+    stream = loader.batches(range(1_000_000), prepare)
 
-    def read(steps: int) -> list[Batch]:
-        nonlocal place
-        place += steps
-        made = loader.batches(range(place - steps, place), prepare)
-        return [Batch.of([value for _, value in samples]) for samples in made]
+    def read() -> Batch:
+        return Batch.of([value for _, value in next(stream)])
 
-    (batch,) = read(1)
+    batch = read()
+    torch.manual_seed(0)
+    model = BeitForMaskedImageModeling(config).to(device).train()
+    if settings.compile:
+        for block in model.blocks:
+            block.compile()
+    network = MaskedLogits(model)
+    optimizer = adamw(param_groups(model, 0.05), 1e-4)
     images = normalise(to_unit(batch.patch_views, device), model.image_spec)
     token_view = to_unit(batch.token_views, device)
     masks = torch.from_numpy(batch.masks).to(device)
@@ -191,11 +189,13 @@ def make_parts(
         for _ in range(steps):
             tokenizer.encode(token_view)
 
+    def load(steps: int) -> None:
+        for _ in range(steps * LOADER_STEPS):
+            read()
+
     def all_together(steps: int) -> None:
-        nonlocal place
-        place += steps
-        for samples in loader.batches(range(place - steps, place), prepare):
-            batch = Batch.of([value for _, value in samples])
+        for _ in range(steps):
+            batch = read()
             pictures = normalise(to_unit(batch.patch_views, device), model.image_spec)
             ids = tokenizer.encode(to_unit(batch.token_views, device))
             train(pictures, torch.from_numpy(batch.masks).to(device), ids)
@@ -203,7 +203,7 @@ def make_parts(
     parts: dict[str, Callable[[int], None]] = {
         "model": train_alone,
         "tokenizer": encode,
-        "loader": lambda steps: void(read(steps * LOADER_STEPS)),
+        "loader": load,
         "all together": all_together,
     }
     for theirs in dict.fromkeys((resolve_precision(settings.precision, device), "fp32")):
@@ -263,10 +263,6 @@ def noise(folder: Path, count: int = 64) -> Path:
         grainy = (smooth + rng.normal(0, 6, smooth.shape).round()).clip(0, 255).astype(np.uint8)
         Image.fromarray(grainy).save(folder / f"{number}.jpg", quality=85)
     return folder
-
-
-def void(_: object) -> None:
-    """Forget what was made."""
 
 
 def show(result: dict[str, Any]) -> None:

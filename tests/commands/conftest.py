@@ -74,31 +74,41 @@ def finetuned(shapes: Path, pretrained: Done, tmp_path_factory: pytest.TempPathF
     return run(out, "finetune", shapes, model=pretrained.folder, steps=50, **FINETUNE)
 
 
+Stopping = Callable[..., None]
 Broken = Callable[..., Done]
 
 
 @pytest.fixture
-def broken_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Broken:
-    """Run a command, stop it by SIGTERM in its step number `stop_at`, then let it go on."""
+def stopped_run(monkeypatch: pytest.MonkeyPatch) -> Stopping:
+    """Run a command, or let it go on, and stop it by SIGTERM after `more` steps, in its step number `at`."""
 
-    def call(stop_at: int, *words: str | Path, **options: object) -> Done:
+    def call(out: Path, more: int, at: int, *words: str | Path, **options: object) -> None:
         seed_of_step, seen = torch.manual_seed, 0
 
         def stop(seed: int) -> torch.Generator:
             nonlocal seen
             seen += 1
-            if seen == stop_at + 1:  # the first seeds the new weights
+            if seen == more + 1:  # the first seeds the new weights
                 signal.raise_signal(signal.SIGTERM)
             return seed_of_step(seed)
 
-        out = tmp_path / "broken"
         with monkeypatch.context() as patch:
             patch.setattr(torch, "manual_seed", stop)
-            with pytest.raises(Stopped, match=f"stopped and saved at step {stop_at} of ") as caught:
+            with pytest.raises(Stopped, match=f"stopped and saved at step {at} of ") as caught:
                 run(out, *words, **options)
         assert caught.value.exit_code == 143
         assert not (out / "config.json").exists()
-        return run(out, *words, **options)
+
+    return call
+
+
+@pytest.fixture
+def broken_run(stopped_run: Stopping, tmp_path: Path) -> Broken:
+    """Run a command, stop it in its step number `stop_at`, then let it go on."""
+
+    def call(stop_at: int, *words: str | Path, **options: object) -> Done:
+        stopped_run(tmp_path / "broken", stop_at, stop_at, *words, **options)
+        return run(tmp_path / "broken", *words, **options)
 
     return call
 

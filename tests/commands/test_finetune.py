@@ -35,7 +35,7 @@ from beit.image import preprocess, read_image
 from beit.model import VARIANTS, BeitForImageClassification
 from beit.run import read_metrics
 
-from .conftest import FINETUNE, Broken, Done, run, same_weights
+from .conftest import FINETUNE, Broken, Done, Stopping, run, same_weights
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -110,6 +110,31 @@ def test_same_seed_gives_bit_equal_weights_and_a_stopped_run_goes_on_to_them(
     assert one.result == broken.result
     other = run(tmp_path / "2", "finetune", shapes, **options, seed=1)
     assert not torch.equal(one.weights["classifier.weight"], other.weights["classifier.weight"])
+
+
+def test_a_run_stopped_at_twenty_points_drawn_at_random_is_that_of_an_unbroken_one(
+    shapes: Path, tmp_path: Path, stopped_run: Stopping
+) -> None:
+    """At each of them weights, moments and average are equal bit for bit, and so is what comes out."""
+    options = {
+        **FINETUNE, "model": "beit_mini_patch8_32", "steps": 60, "save_every": 1, "keep_last": 60,
+        "drop_path": 0.3, "ema_decay": 0.9, "clip_grad_norm": 1.0, "rand_augment": 9, "reprob": 0.25,
+        "mixup": 0.8, "cutmix": 1.0, "workers": 0, "no_report": True,
+    }  # fmt: skip
+    whole = run(tmp_path / "whole", "finetune", shapes, **options)
+    points = np.sort(np.random.default_rng(20).permutation(np.arange(1, 60))[:20]).tolist()
+    out, before = tmp_path / "broken", 0
+    for point in points:
+        stopped_run(out, point - before, point, "finetune", shapes, **options)
+        before = point
+        for file in ("model", "optimizer", "ema"):
+            name = Path("checkpoints", f"step-{point:08d}", f"{file}.safetensors")
+            assert (out / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    broken = run(out, "finetune", shapes, **options)
+    same_weights(broken, whole)
+    assert broken.result == whole.result
+    looks = [read_metrics(done.folder / "validation.jsonl") for done in (broken, whole)]
+    assert looks[0] == looks[1]
 
 
 def test_published_augmentation_trains_and_a_stopped_run_goes_on_to_the_same_weights(
