@@ -51,6 +51,10 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", default="beit_mini_patch8_32", help="a name of model.VARIANTS")
+    parser.add_argument("--img-size", type=int, help="pixels; the size's own where not given")
+    parser.add_argument(
+        "--encoder", help="a pre-trained model to begin with, instead of making one here"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--starts", nargs="+", default=["scratch", "pretrained"])
     parser.add_argument("--epochs", type=int, default=10)
@@ -61,6 +65,7 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=int, default=0, help="training pictures, drawn by seed 0; 0: all"
     )
+    parser.add_argument("--workers", type=int, default=2, help="of both sides' loaders")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -75,15 +80,17 @@ def main() -> None:
 
     results: list[dict[str, Any]] = []
     for start in arguments.starts:
-        model = arguments.size if start == "scratch" else str(pretrained(arguments, given))
+        model = arguments.size
+        if start == "pretrained":
+            model = arguments.encoder or str(pretrained(arguments, given))
         for seed in arguments.seeds:
             out = arguments.out / f"{start}-{seed}"
             settings = Finetune(
                 given, model=model, out=out / "ours", val=data, method="full", use_epoch="last",
                 epochs=arguments.epochs, warmup_epochs=1, batch_size=arguments.batch_size, lr=arguments.lr,
                 layer_decay=1.0, label_smoothing=0.1, crop_scale=(0.35, 1.0), drop_path=0.05,
-                calibrate=False, report=False, crop_ratio=1.0, seed=seed, precision=arguments.precision,
-                log_every=10, save_every=200,
+                calibrate=False, report=False, crop_ratio=1.0, img_size=arguments.img_size, seed=seed,
+                precision=arguments.precision, log_every=10, save_every=200, workers=arguments.workers,
             )  # fmt: skip
             for side, run in zip(SIDES, (ours, theirs), strict=True):
                 file = out / f"{run.__name__}.json"
@@ -121,14 +128,16 @@ def pretrained(arguments: argparse.Namespace, data: Path) -> Path:
         tokenizer = arguments.out / "tokenizer"
         train_tokenizer(
             TrainTokenizer(
-                data, out=tokenizer, steps=arguments.tokenizer_steps, img_size=32, vocab_size=512
+                data, out=tokenizer, steps=arguments.tokenizer_steps, vocab_size=512, hidden_dim=32,
+                img_size=arguments.img_size or 32, workers=arguments.workers,
             )
-        )
+        )  # fmt: skip
         pretrain(
             Pretrain(
                 data, tokenizer=tokenizer, out=out, model=arguments.size, epochs=arguments.pretrain_epochs,
                 batch_size=arguments.batch_size, warmup_epochs=1, crop_scale=(0.35, 1.0), crop_ratio=1.0,
-                precision=arguments.precision,
+                img_size=arguments.img_size, lr=4e-3, precision=arguments.precision,
+                workers=arguments.workers,
             )
         )  # fmt: skip
     return out
@@ -176,7 +185,7 @@ def theirs(settings: Finetune, train: ImageSource, val: ImageSource) -> dict[str
         Pictures(train, start.config.image_height_width[0], settings),
         batch_size=settings.batch_size,
         shuffle=True,
-        num_workers=2,
+        num_workers=settings.workers,
         drop_last=True,
         collate_fn=list,
     )
