@@ -41,10 +41,10 @@ from beit.graphs import (
     Kind,
     Output,
     import_openvino,
-    signal_stack_kept,
     multiplies_bf16,
     open_graph,
     require,
+    signal_stack_kept,
 )
 from beit.model import Beit, BeitForImageClassification, BeitForMaskedImageModeling
 

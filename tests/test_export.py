@@ -279,6 +279,29 @@ loaded = [name for name in sys.modules if name.startswith("openvino_telemetry.")
 print(loaded, forked)
 """
 
+SIGNALLED = """
+import faulthandler, signal, sys
+from pathlib import Path
+from beit.graphs import open_graph
+
+faulthandler.enable()  # brings a stack for signals, as OpenVINO does
+first, second = (open_graph(Path(sys.argv[1]), "fp32", None) for _ in range(2))
+del first
+del second
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_signal_after_openvino_graphs_have_come_and_gone_is_handled(graphs: dict[str, Path]) -> None:
+    """Left to itself OpenVINO gives back the stack of a plugin that is gone: a segmentation fault."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(graphs["openvino"])],
+        env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
 
 def test_openvino_and_nncf_report_to_nobody(tmp_path: Path) -> None:
     """With openvino_telemetry installed they would, from forked processes."""
