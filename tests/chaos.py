@@ -175,7 +175,8 @@ class Chaos:
             phase = phase_now()
             os.kill(child, number)
             code, seconds = None, 0.0
-            for seconds in awake(60, 0.002):
+            for passed in awake(60, 0.002):
+                seconds = passed
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     code = os.waitstatus_to_exitcode(status)
