@@ -239,24 +239,24 @@ class OpenImage:
 class _Limited:
     """A file whose header ends: more reading than any real header takes is refused, before it is done."""
 
-    name: str
+    called: str
     length: int
     budget: float
 
     def __repr__(self) -> str:  # in Pillow's errors, which are to be the same each time
-        return repr(os.path.basename(self.name))
+        return repr(os.path.basename(self.called))
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size >= 0:  # formats that are read whole say so with -1
             self.take(max(READ_COST, min(size, self.length - self.tell())))  # type: ignore[attr-defined]
-        return super().read(size)  # type: ignore[misc,no-any-return]
+        return super().read(size)  # type: ignore[misc]
 
     def take(self, size: int) -> None:
         """Count bytes of a header. Raises BadImage."""
         self.budget -= size
         if self.budget < 0:
             reason = f"its header is longer than {MAX_HEADER_BYTES:,} bytes"
-            raise BadImage("too_large", self.name, reason)
+            raise BadImage("too_large", self.called, reason)
 
 
 class _Header(_Limited, io.BytesIO):
@@ -264,7 +264,7 @@ class _Header(_Limited, io.BytesIO):
 
     def __init__(self, content: bytes, name: str) -> None:
         super().__init__(content)
-        self.name, self.length, self.budget = name, len(content), MAX_HEADER_BYTES
+        self.called, self.length, self.budget = name, len(content), MAX_HEADER_BYTES
 
 
 class _FileHeader(_Limited, io.BufferedReader):
@@ -272,7 +272,7 @@ class _FileHeader(_Limited, io.BufferedReader):
 
     def __init__(self, number: int, length: int, name: str) -> None:
         super().__init__(io.FileIO(number, closefd=False))
-        self.name, self.length, self.budget = name, length, MAX_HEADER_BYTES
+        self.called, self.length, self.budget = name, length, MAX_HEADER_BYTES
 
 
 _PIXEL_CHUNKS = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANMF")
