@@ -80,7 +80,7 @@ Broken = Callable[..., Done]
 
 @pytest.fixture
 def stopped_run(monkeypatch: pytest.MonkeyPatch) -> Stopping:
-    """Run a command, or let it go on, and stop it by SIGTERM after `more` steps, in its step number `at`."""
+    """Run a command, or let it go on, and stop it by SIGTERM after `more` steps, before step `at`."""
 
     def call(out: Path, more: int, at: int, *words: str | Path, **options: object) -> None:
         seed_of_step, seen = torch.manual_seed, 0
