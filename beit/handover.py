@@ -10,7 +10,8 @@ Shapes: (R, H) bias tables; pos_embed (1, 1 + L, D); patch kernel (D, 3, p, p).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,6 +23,7 @@ from beit.layouts import TABLE, reason_to_ignore
 from beit.model import Beit, BeitConfig, BeitForImageClassification, resize_positions
 from beit.relative_position import resize_bias_table
 
+HEAD = ("head.weight", "head.bias")
 SHARED = f"rel_pos_bias.{TABLE}"
 
 # What a classifier leaves behind, and why.
@@ -42,13 +44,14 @@ class LoadReport:
     used: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     expanded: list[str] = field(default_factory=list)  # the shared table, now one a block
+    matched: list[str] = field(default_factory=list)  # rows of the head, by the names of their classes
     new: list[str] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)  # name: why
     assumed: list[str] = field(default_factory=list)  # what the file does not say
 
     def __str__(self) -> str:
         text = [f"used {len(self.used)} tensors"]
-        for name in ("resized", "expanded", "new"):
+        for name in ("resized", "expanded", "matched", "new"):
             if names := getattr(self, name):
                 text.append(f"{name} {', '.join(_shorten(names))}")
         reasons = dict.fromkeys(self.ignored.values())
@@ -130,7 +133,8 @@ def to_classifier(
 ) -> tuple[BeitForImageClassification, LoadReport]:
     """A classifier that begins with the encoder of `source`.
 
-    A classifier's own head is kept where it has the same classes in the same order.
+    A classifier's own head is kept by name: where it knows all of the classes, in whatever order and among
+    whatever others, each keeps its row. Else the head begins anew.
     """
     old = source.config
     size = old.img_size if img_size is None else img_size
@@ -138,12 +142,24 @@ def to_classifier(
     model = BeitForImageClassification(config)
     model.image_spec = resized_spec(source, config)
     model.id2label = dict(enumerate(classes))
-    taken, report, unknown = hand_over(
-        source.state_dict(), old, model, keep_head=source.id2label == model.id2label
-    )
+    tensors, rows = source.state_dict(), rows_of(source.id2label, classes)
+    keep = rows is not None and "head.weight" in tensors
+    changed = keep and rows != list(range(old.num_classes))
+    if changed:
+        tensors |= {name: tensors[name][rows] for name in HEAD}
+    taken, report, unknown = hand_over(tensors, old, model, keep_head=keep)
+    report.matched.extend(HEAD if changed else ())
     assert not unknown, f"a model of ours has tensors of no known name: {unknown}"
     model.load_state_dict(taken, strict=False)
     return model, report
+
+
+def rows_of(id2label: Mapping[int, str], classes: Sequence[str]) -> list[int] | None:
+    """Which of a head's rows are those of some classes; None if it lacks one, or has two of its name."""
+    if id2label == dict(enumerate(classes)):
+        return list(id2label)
+    often, row = Counter(id2label.values()), {name: number for number, name in id2label.items()}
+    return [row[name] for name in classes] if all(often[name] == 1 for name in classes) else None
 
 
 def resized_spec(source: Beit, config: BeitConfig) -> ImageSpec:

@@ -102,9 +102,26 @@ def test_same_classes_in_the_same_order_keep_the_head_and_the_answers() -> None:
     assert torch.equal(model.eval()(pictures(SMALL)), source(pictures(SMALL)))
 
 
-@pytest.mark.parametrize(
-    "classes", [["bee", "ant", "cat", "dog"], ["ant", "bee", "cat", "eel"], ["ant", "bee"]]
-)
+@torch.no_grad()
+@pytest.mark.parametrize("classes", [["bee", "ant", "cat", "dog"], ["dog", "bee"]])
+def test_known_classes_keep_their_rows_of_the_head_by_name(classes: list[str]) -> None:
+    source = tuned_source()
+    model, report = to_classifier(source, classes)
+    rows = [CLASSES.index(name) for name in classes]
+    assert report.new == []
+    assert "matched head" in str(report)
+    torch.testing.assert_close(model.eval()(pictures(SMALL)), source(pictures(SMALL))[:, rows])
+
+
+def test_two_classes_of_one_name_are_not_told_apart() -> None:
+    source = tuned_source()
+    source.id2label = dict(enumerate(["crane", "bee", "crane", "dog"]))
+    assert to_classifier(source, ["crane", "bee", "crane", "dog"])[1].new == []  # as they are
+    assert set(to_classifier(source, ["bee", "crane"])[1].new) == {"head.weight", "head.bias"}
+    assert to_classifier(source, ["dog", "bee"])[1].new == []
+
+
+@pytest.mark.parametrize("classes", [["ant", "bee", "cat", "eel"], ["ant", "eel"], ["Ant", "bee"]])
 def test_other_classes_begin_with_a_fresh_head(classes: list[str]) -> None:
     source = tuned_source()
     model, report = to_classifier(source, classes)
