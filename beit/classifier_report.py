@@ -9,6 +9,7 @@ several labels.
 from __future__ import annotations
 
 import base64
+import csv
 import html
 import io
 import platform
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from beit.atomic import write_atomically
 from beit.data import ImageSource
 from beit.image import BadImage
 from beit.metrics import (
@@ -210,7 +212,11 @@ def per_class(page: Page, answers: Answers) -> None:
     if answers.several:
         each = average_precision(answers.logits, answers.truth)
         order = np.argsort(np.nan_to_num(each, nan=2))
-        page.section("Classes", "Each is a question of its own; the hardest first.")
+        text = "Each is a question of its own; the hardest first."
+        if len(names) > MANY:
+            text += f" {WORST_CLASSES} of {len(names)}."
+            order = order[:WORST_CLASSES]
+        page.section("Classes", text)
         page.table(
             ("class", "pictures", "average precision"),
             [(names[c], int(answers.truth[:, c].sum()), percent(each[c])) for c in order.tolist()],
@@ -299,8 +305,12 @@ def _answers_in_words(answers: Answers, index: int) -> str:
 # --- What is wrong with the data -----------------------------------------------------------------
 
 
-def same_pictures(page: Page, groups: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Groups of pictures that are the same: what is to know of each, and their names."""
+def same_pictures(
+    page: Page,
+    groups: Sequence[tuple[str, Sequence[str]]],
+    rest: str = "`beit check` lists all exact ones",
+) -> None:
+    """Groups of pictures that are the same: what is to know of each, and their names; where the rest is."""
     page.section(
         "Pictures that are there twice",
         "Copies are kept on one side of a split that was made here. Where some lie in both parts of one "
@@ -312,7 +322,17 @@ def same_pictures(page: Page, groups: Sequence[tuple[str, Sequence[str]]]) -> No
     if rows:
         page.table(("picture", "is also", ""), rows[:SHOWN_GROUPS])
     if len(rows) > SHOWN_GROUPS:
-        page.note(f"and {len(rows) - SHOWN_GROUPS} more; `beit check` lists all exact ones")
+        page.note(f"and {len(rows) - SHOWN_GROUPS} more; {rest}")
+
+
+def write_same_pictures(file: Path, groups: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """A .csv of all of them: path, the number of its group, what is to know of that."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["path", "group", "note"])
+    for number, (what, names) in enumerate(groups, 1):
+        writer.writerows((name, number, what) for name in names)
+    write_atomically(file, text.getvalue().encode(errors="surrogateescape"))
 
 
 # --- Words and pictures ----------------------------------------------------------------------------

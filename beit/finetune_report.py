@@ -11,7 +11,15 @@ import torch
 
 from beit import distributed
 from beit.augment import CropAndFlip, EraseAndMix, normalise, to_unit
-from beit.classifier_report import Answers, about, augmented, curves, how_good, same_pictures
+from beit.classifier_report import (
+    Answers,
+    about,
+    augmented,
+    curves,
+    how_good,
+    same_pictures,
+    write_same_pictures,
+)
 from beit.data import batch_at, sample_rng
 from beit.frozen import FrozenClassifier
 from beit.hub import is_size
@@ -24,6 +32,7 @@ from beit.run import Run
 from beit.validation import read_lines
 from beit.visualize import to_bytes
 
+SAME = "same_pictures.csv"
 FLATTERED = "the epoch, the temperature or the method was chosen on them, which flatters it a little"
 
 
@@ -32,7 +41,7 @@ def write_report(
     answers: Answers | None, final: BeitForImageClassification, frozen: FrozenClassifier | None,
     view: CropAndFlip | None, erase_and_mix: EraseAndMix,
 ) -> None:  # fmt: skip
-    """Write it to the run folder, and the list of labels to review beside it.
+    """Write it to the run folder; beside it the labels to review, and the pictures that are there twice.
 
     settings: as in run.toml. provenance: as saved with the model. answers: of the validation pictures.
     view: what was done to a training picture; None where only a head was fitted.
@@ -48,7 +57,10 @@ def write_report(
         fresh = is_size(settings["model"])
         review(page, run.out, data, final, frozen, fresh, settings["precision"], workers, seed)
     if data.divided.looked is not None:
-        same_pictures(page, data.twins())
+        twins = data.twins()
+        same_pictures(page, twins, f"{SAME} has all")
+        if twins:
+            write_same_pictures(run.out / SAME, twins)
     kept = provenance.get("best_step") if frozen is None or final is not frozen.model else None
     curves(page, run.read_metrics(), read_lines(run.out), kept, data.several)
     if view is not None:

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_shapes
+from PIL import Image
 
 from beit.classifier_report import (
     Answers,
+    augmented,
     calibration_curve,
     confusions,
     curves,
     headline,
+    how_good,
     mistakes,
     per_class,
     same_pictures,
@@ -27,6 +30,7 @@ from beit.label_review import label_errors, suspects_of, write_label_review
 from beit.metrics import calibration, confusion_matrix, top_k_accuracy
 from beit.probe import review_labels
 from beit.report import Page
+from beit.split import take
 
 NAMES = ("disc", "square", "<triangle>")
 
@@ -161,3 +165,27 @@ def test_groups_of_copies_are_listed_up_to_thirty() -> None:
     page = Page("t", "l")
     same_pictures(page, [])
     assert "None, as far as" in page.html()
+
+
+@pytest.mark.parametrize("count", [50, 1000])
+def test_the_largest_page_is_under_five_megabytes(tmp_path: Path, count: int) -> None:
+    """Noise is what JPEG makes largest; a matrix of 50 classes with a number in each field."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "a").mkdir()
+    noise = Image.fromarray(rng.integers(0, 256, (150, 150, 3), dtype=np.uint8))
+    noise.save(tmp_path / "a" / f"{'long ' * 30}.png")
+    one = open_source(tmp_path)
+    many = take(one, np.zeros(5000, dtype=np.int64))
+    names = [f"class {n} with quite a long name, and a synonym" for n in range(count)]
+    truth = rng.integers(0, count, 5000)
+    answers = Answers(many, truth, rng.standard_normal((5000, count), dtype=np.float32), names)
+    page = Page("t", "l")
+    how_good(page, answers)
+    labels = torch.from_numpy(truth)
+    probability = torch.from_numpy(answers.logits).double().mul(9).softmax(dim=1)
+    review, pictures = review_labels(probability, labels), [(many, n) for n in range(5000)]
+    label_errors(page, suspects_of(pictures, labels, names, review, torch.randn(5000, 8)), "")
+    same_pictures(page, [("equal pixels", [many.name(0)] * 3)] * 5000)
+    augmented(page, [np.asarray(noise)] * 16)
+    assert page.html().count("<img") > 24 + 12 + 16
+    assert len(page.html()) < 5_000_000

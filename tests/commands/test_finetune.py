@@ -117,12 +117,12 @@ def test_a_run_stopped_at_twenty_points_drawn_at_random_is_that_of_an_unbroken_o
 ) -> None:
     """At each of them weights, moments and average are equal bit for bit, and so is what comes out."""
     options = {
-        **FINETUNE, "model": "beit_mini_patch8_32", "steps": 60, "save_every": 1, "keep_last": 60,
+        **FINETUNE, "model": "beit_mini_patch8_32", "steps": 40, "save_every": 1, "keep_last": 40,
         "drop_path": 0.3, "ema_decay": 0.9, "clip_grad_norm": 1.0, "rand_augment": 9, "reprob": 0.25,
         "mixup": 0.8, "cutmix": 1.0, "workers": 0, "no_report": True,
     }  # fmt: skip
     whole = run(tmp_path / "whole", "finetune", shapes, **options)
-    points = np.sort(np.random.default_rng(20).permutation(np.arange(1, 60))[:20]).tolist()
+    points = np.sort(np.random.default_rng(20).permutation(np.arange(1, 40))[:20]).tolist()
     out, before = tmp_path / "broken", 0
     for point in points:
         stopped_run(out, point - before, point, "finetune", shapes, **options)
@@ -624,6 +624,25 @@ def test_planted_copies_and_wrong_labels_are_on_the_page(
     found = [place for place, row in enumerate(rows) if "wrong-" in row["path"]]
     assert max(found) < 6
     assert {rows[place]["suggested"] for place in found} == {"disc"}
+
+
+def test_every_exact_copy_in_both_parts_is_named(shapes: Path, tmp_path: Path) -> None:
+    """Also those that the page has no room for."""
+    shutil.copytree(shapes, tmp_path / "data")
+    planted = set()
+    for number, file in enumerate(sorted((tmp_path / "data" / "train").glob("*/*.png"))):
+        copy = tmp_path / "data" / "val" / file.parent.name / f"copy-{number}.png"
+        shutil.copy(file, copy)
+        planted.add(frozenset((str(file), str(copy))))
+    done = run(tmp_path / "run", "finetune", tmp_path / "data", **{**MINI, "steps": 1})
+    groups: dict[str, set[str]] = {}
+    with (done.folder / "same_pictures.csv").open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            assert row["note"].startswith("in both parts"), row
+            groups.setdefault(row["group"], set()).add(row["path"])
+    assert len(planted) == 36
+    assert all(any(pair <= group for group in groups.values()) for pair in planted)
+    assert "same_pictures.csv has all" in (done.folder / "report.html").read_text()
 
 
 def test_no_report_writes_none(shapes: Path, tmp_path: Path) -> None:
