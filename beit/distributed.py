@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from beit.precision import pick_device
 
 T = TypeVar("T")
+_patient: Any = (
+    None  # all processes, for what may take the main one long: a look at a model, a large index
+)
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -39,6 +42,8 @@ def joined(device: str = "auto") -> Iterator[torch.device]:
     # Gloo beside NCCL: words and errors travel between hosts without a GPU.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    global _patient
+    _patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
     yield chosen
     dist.destroy_process_group()  # not after an error: the others may be waiting for this process
 
@@ -74,7 +79,7 @@ def on_main(work: Callable[[], T]) -> T:
             box[0] = work()
         except Exception as error:
             box[1] = error
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=_patient)
     if box[1] is not None:
         raise box[1]
     return box[0]

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections import deque
@@ -638,6 +639,12 @@ def describe_settings(settings: Any) -> dict[str, Any]:
     """A command's dataclass as plain values, its name first; what is None is left out."""
     values = {"command": type(settings).__name__, **dataclasses.asdict(settings)}
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items() if v is not None}
+
+
+def tell_settings(settings: Any) -> None:
+    """Print a command's settings, as they stand in run.toml, on stderr, once for all processes."""
+    told = ", ".join(f"{k} {_toml_value(v)}" for k, v in describe_settings(settings).items())
+    distributed.say(textwrap.fill(told, 108, break_long_words=False, break_on_hyphens=False))
 
 
 def same_place(one: Any, other: Any) -> bool:

@@ -33,7 +33,7 @@ from beit.metrics import codebook_use
 from beit.model import BeitForMaskedImageModeling, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
-from beit.run import Run
+from beit.run import Run, tell_settings
 from beit.tokenizer import DalleTokenizer, PixelTargets, Tokenizer
 from beit.visualize import hide_patches, mark_patches, strip, to_bytes
 from beit.watch import Watch
@@ -210,13 +210,14 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     warmup = min(settings.warmup_steps or round(settings.warmup_epochs * steps_per_epoch), total // 2)
     batch_size = min(settings.batch_size, len(source))
     peak, peak_from = peak_flops(device, settings.precision, settings.peak_tflops)
+    tell_settings(settings)
     distributed.say(
         f"{run.out}: {len(source):,} pictures, {total:,} steps of {batch_size}, "
         f"{total * batch_size / len(source):.1f} epochs; {num_masked} of {height} x {width} patches "
-        f"hidden, {'pixels' if pixels else f'{tokenizer.vocab_size} tokens'}; "
+        f"hidden, {'at random' if settings.masks == 'random' else f'in blocks of {min_block} or more'}, "
+        f"{'pixels' if pixels else f'{tokenizer.vocab_size} tokens'}; "
         f"{distributed.size()} x {device.type} in "
-        f"{resolve_precision(settings.precision, device)}, peak {peak / 1e12:.3g} TFLOP/s ({peak_from}); "
-        f"all settings in {run.out / 'run.toml'}"
+        f"{resolve_precision(settings.precision, device)}, peak {peak / 1e12:.3g} TFLOP/s ({peak_from})"
     )
     if settings.compile:
         for block in model.blocks:
@@ -394,11 +395,15 @@ def look(watch: Watch, run: Run, model: BeitForMaskedImageModeling, step: int, v
     """Look at a model, in the main process; all must call this."""
     looked_at = distributed.unsharded(model, BeitForMaskedImageModeling(model.config))
     looked_at.image_spec = model.image_spec
-    if distributed.is_main():
+
+    def work() -> None:
         watch.look(looked_at.to(model.cls_token.device), step)
         width = model.config.embed_dim
         rows = expected_ranges(run, watch.looks, vocab_size, width)
         watch.write_page(f"Pre-training of {run.out.name}", rows, width)
+
+    with run.apart():
+        distributed.on_main(work)
 
 
 def expected_ranges(

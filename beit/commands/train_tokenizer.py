@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from beit import distributed
+from beit.atomic import write_atomically
 from beit.augment import CropAndFlip, normalise, to_unit
 from beit.checkpoints import load_model, save_tokenizer
 from beit.data import ImageSource, Loader, open_source
@@ -29,7 +30,7 @@ from beit.model import Beit, BeitForMaskedImageModeling, check_size, variant
 from beit.optim import adamw, cosine_schedule, update
 from beit.precision import Precision, autocast
 from beit.report import Page
-from beit.run import Run, read_metrics
+from beit.run import Run, read_metrics, tell_settings
 from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig
 from beit.visualize import img_tag, line_chart, png_bytes, strip, to_bytes
 from beit.vqkd import VQKD, VQKDConfig, patch_pixels
@@ -134,6 +135,8 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
         for samples in loader.batches(steps, view):
             yield [picture for _, picture in samples]
 
+    every = max(1, total // 10)
+    tell_settings(settings)
     seen = Seen(settings.vocab_size).to(device)
     network = distributed.wrap(tokenizer.train())
     for step, pictures in run.steps(
@@ -148,6 +151,9 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
         batch_size=min(settings.batch_size, len(source)),
         tensorboard=settings.tensorboard,
     ):
+        if step and step % every == 0:
+            with run.apart():
+                distributed.on_main(partial(look, settings, tokenizer, teacher, source, step))
         lr = cosine_schedule(step, total, min(100, total // 10), settings.lr, settings.lr / 100)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -183,36 +189,57 @@ def finish(
     steps: int,
 ) -> dict[str, float]:
     """Judge the tokenizer, save it, and say how good it is."""
-    out, device = settings.out, next(tokenizer.parameters()).device
-    use, error, sheet = judge(tokenizer, teacher, source, device)
-    (out / "reconstructions.png").write_bytes(png_bytes(strip(sheet)))
-    quality = in_words(tokenizer, error)
-    result = {"live_codes": use.live, "perplexity": use.perplexity, **quality, "steps": steps}
-    write_page(out, result, strip(sheet))
+    out = settings.out
+    result = look(settings, tokenizer, teacher, source, steps, most=4096)
     save_tokenizer(tokenizer, out, {**result, "pictures": len(source), "seed": settings.seed})
     print(
-        f"{out}: {use.live:.1%} of {settings.vocab_size} codes alive, perplexity "
-        f"{use.perplexity:.0f}, "
+        f"{out}: {result['live_codes']:.1%} of {settings.vocab_size} codes alive, perplexity "
+        f"{result['perplexity']:.0f}, "
         + (
-            f"reconstruction {quality['psnr_db']:.1f} dB PSNR"
+            f"reconstruction {result['psnr_db']:.1f} dB PSNR"
             if teacher is None
-            else f"cosine to the teacher {quality['cosine']:.3f}"
+            else f"cosine to the teacher {result['cosine']:.3f}"
         ),
         file=sys.stderr,
     )
-    if use.live < 0.5:
+    if result["live_codes"] < 0.5:
         print(
-            f"warning: only {use.live:.0%} of the codes are alive, so most tokens mean nothing. Train "
-            f"longer, or with fewer: --vocab-size {max(16, settings.vocab_size // 4)}",
+            f"warning: only {result['live_codes']:.0%} of the codes are alive, so most tokens mean "
+            f"nothing. Train longer, or with fewer: --vocab-size {max(16, settings.vocab_size // 4)}",
             file=sys.stderr,
         )
     return result
 
 
-def write_page(out: Path, result: dict[str, float], sheet: Image.Image) -> None:
+def look(
+    settings: TrainTokenizer,
+    tokenizer: DiscreteVAE | VQKD,
+    teacher: Teacher | None,
+    source: ImageSource,
+    step: int,
+    most: int = 256,
+) -> dict[str, float]:
+    """Judge the tokenizer on up to `most` pictures and write its page, now and then while it trains."""
+    training, device = tokenizer.training, next(tokenizer.parameters()).device
+    use, error, sheet = judge(tokenizer.eval(), teacher, source, device, most)
+    tokenizer.train(training)
+    quality = in_words(tokenizer, error)
+    result = {"live_codes": use.live, "perplexity": use.perplexity, **quality, "steps": step}
+    write_atomically(settings.out / "reconstructions.png", png_bytes(strip(sheet)))
+    write_page(settings.out, result, strip(sheet), min(most, len(source)))
+    return result
+
+
+def write_page(out: Path, result: dict[str, float], sheet: Image.Image, pictures: int) -> None:
     """report.html: whether the codes are alive, curves, originals over reconstructions, settings."""
-    page = Page(f"Tokenizer {out.name}", "Nothing on this page needs a network.")
-    page.section("Is it working?", "What came over the pictures, and what is usual.")
+    page = Page(
+        f"Tokenizer {out.name}",
+        "Made anew ten times while it trains. Nothing on this page needs a network.",
+    )
+    page.section(
+        "Is it working?",
+        f"What came over {pictures:,} pictures after step {result['steps']:,}, and what is usual.",
+    )
     quality, usual = next(
         (f"{result[key]:.3g} {key.replace('_', ' ')}", text)
         for key, text in USUAL.items()
@@ -383,7 +410,7 @@ def judge(
     teacher: Teacher | None,
     source: ImageSource,
     device: torch.device,
-    most: int = 4096,
+    most: int,
 ) -> tuple[CodebookUse, float, list[list[np.ndarray]]]:
     """Code use and error over up to `most` whole pictures, and a sheet: originals over reconstructions.
 

@@ -81,6 +81,31 @@ def test_the_folder_is_as_documented(tokenizer: Done, shapes: Path) -> None:
         assert told in page
 
 
+def test_the_page_is_made_while_it_trains(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten times, of pictures seen without augmentation; the last is the finished tokenizer's."""
+    looks: list[int] = []
+    write_page = beit.commands.train_tokenizer.write_page
+
+    def noted(out: Path, result: dict[str, float], *rest: Any) -> None:
+        write_page(out, result, *rest)
+        looks.append(int(result["steps"]))
+        assert f"36 pictures after step {result['steps']}" in (out / "report.html").read_text()
+        assert (out / "reconstructions.png").is_file()
+        assert not (out / "config.json").exists()
+
+    monkeypatch.setattr(beit.commands.train_tokenizer, "write_page", noted)
+    run(tmp_path / "run", NAME, shapes / "train", **{**SHORT, "steps": 20})
+    assert looks == list(range(2, 21, 2))
+
+
+def test_settings_are_told_as_they_are_saved(tokenizer: Done) -> None:
+    told = " ".join(tokenizer.said.split())
+    for line in (tokenizer.folder / "run.toml").read_text().splitlines():
+        assert " ".join(line.split(" = ", 1)) in told
+
+
 def test_the_settings_are_the_tokenizers(tokenizer: Done) -> None:
     model = load_tokenizer(tokenizer.folder)
     assert isinstance(model, DiscreteVAE)
