@@ -17,6 +17,7 @@ body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var
   max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
 h1 { font-size: 1.7rem; line-height: 1.2 } h2 { margin-top: 2.6rem; font-size: 1.2rem }
 p, figcaption { color: var(--soft); max-width: 44rem } h1 + p { font-size: 1.05rem }
+h1, p { overflow-wrap: anywhere }
 figure { margin: 1rem 0; overflow-x: auto } img { max-width: 100%; height: auto; border-radius: 4px }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem }
 svg { width: 100%; max-width: 34rem; height: auto } svg text { font-size: 11px; fill: var(--soft) }

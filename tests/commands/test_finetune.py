@@ -33,6 +33,7 @@ from beit.engine import Engine
 from beit.frozen import frozen_classifier
 from beit.image import preprocess, read_image
 from beit.model import VARIANTS, BeitForImageClassification
+from beit.recipes import FOLDER
 from beit.run import read_metrics
 
 from .conftest import FINETUNE, Broken, Done, Stopping, run, same_weights
@@ -148,6 +149,16 @@ def test_published_augmentation_trains_and_a_stopped_run_goes_on_to_the_same_wei
     for name, value in published.items():
         changed = run(tmp_path / name, "finetune", shapes, **options, **{name: value})
         assert not torch.equal(changed.weights["classifier.weight"], plain), name
+
+
+@pytest.mark.parametrize("recipe", ["digits", "digits_long"])
+def test_our_recipes_run(shapes: Path, tmp_path: Path, cli: Cli, recipe: str) -> None:
+    options = {"recipe": recipe, "model": "beit_mini_patch8_32", "steps": 2, "no_report": True}
+    code, _, err = cli("finetune", shapes / "train", **options, out=tmp_path / "run", workers=0)
+    assert code == 0, err
+    wanted = tomllib.loads((FOLDER / "finetune" / f"{recipe}.toml").read_text())["settings"]
+    settings = tomllib.loads((tmp_path / "run" / "run.toml").read_text())
+    assert {key: settings[key] for key in wanted} == {**wanted, "steps": 2}
 
 
 def test_augmentation_is_off_unless_asked_for() -> None:
