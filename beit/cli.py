@@ -12,6 +12,7 @@ import errno
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
@@ -21,6 +22,10 @@ from cyclopts import App, Parameter
 from cyclopts.config import Dict as Config
 
 from beit.recipes import find_recipe, nearest, read_settings
+from beit.stop import stop_at_once
+
+# They end with 130 or 143 wherever a stop signal meets them, also while libraries are still loaded.
+TRAININGS = ("demo", "train-tokenizer", "pretrain", "finetune")
 
 # Name: (a line of help, an example).
 COMMANDS = {
@@ -162,7 +167,8 @@ def run() -> None:
         app.config = []
         if start := take_start(words):
             app.config = [start_from(words[0], *start)]
-        app(words)
+        with stop_at_once() if words[:1] and words[0] in TRAININGS else nullcontext():
+            app(words)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone

@@ -370,6 +370,8 @@ class Run:
                             self.save(training, keep_last, keep_every)
                     if stopping:
                         raise Stopped(stop.exit_code or 143, stopped_at(training.step, total))
+            if stop:  # it came while the last step was saved
+                raise Stopped(stop.exit_code, stopped_at(training.step, total))
         finally:
             close(ahead)
 

@@ -51,6 +51,9 @@ PRETRAIN = {
 PHASES = ("start-up", "step", "checkpoint", "evaluation", "report")
 PHASE = mmap.mmap(-1, 1)  # its number, of the only child that runs
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 143}
+SIGNALS = {
+    n: code for n, code in SIGNALS.items() if signal.getsignal(n) is not signal.SIG_IGN
+}  # by nohup
 
 
 class Chaos:

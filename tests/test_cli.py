@@ -7,6 +7,7 @@ import errno
 import importlib
 import inspect
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -204,6 +205,24 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         raise error
 
     monkeypatch.setattr(beit.cli, "app", app)
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143)])
+@pytest.mark.parametrize("name", ["train-tokenizer", "pretrain", "finetune"])
+def test_a_training_that_is_stopped_outside_its_loop_ends_with_the_code_of_a_stop(
+    name: str, number: str, code: int, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """While it reads its pictures, say; a job that Slurm warned is put in its queue again by the code."""
+    place = importlib.import_module(f"beit.commands.{name.replace('-', '_')}")
+
+    def signalled(*_: object, **__: object) -> None:
+        signal.raise_signal(getattr(signal, number))
+
+    monkeypatch.setattr(place, "open_source", signalled)
+    before = signal.getsignal(signal.SIGUSR1)
+    words = ["--tokenizer", "pixels"] if name == "pretrain" else []
+    assert cli(name, tmp_path, *words, "--out", tmp_path / "run")[0] == code
+    assert signal.getsignal(signal.SIGUSR1) is before
 
 
 def test_our_own_mistakes_keep_their_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

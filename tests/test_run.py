@@ -808,6 +808,24 @@ def test_a_signal_in_the_last_step_ends_the_command_and_keeps_the_run(
     assert second.seen == []
 
 
+def test_a_signal_while_the_last_step_is_saved_is_not_lost(
+    tmp_path: Path, unbroken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Run.save
+
+    def signalled(run: Run, training: Any, *given: int) -> None:
+        save(run, training, *given)
+        if training.step == 12:
+            signal.raise_signal(signal.SIGUSR1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", signalled)
+        with pytest.raises(Stopped, match="saved at step 12 of 12") as caught:
+            train(tmp_path / "run").go()
+    assert caught.value.exit_code == 143
+    same(train(tmp_path / "run").go(), unbroken[0])
+
+
 def test_outside_a_loop_a_signal_is_raised_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     with stop_at_once():
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
