@@ -86,8 +86,10 @@ class Chaos:
         """Fork a process that runs the command; its id."""
         sys.stdout.flush()
         PHASE[0] = 0
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has its handlers
         child = os.fork()
         if child:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return child
         code = 99
         try:
@@ -100,6 +102,7 @@ class Chaos:
                 poison()
                 code = 130
                 with stop_at_once():
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
                     here(words)
                 code = 0
         except SystemExit as end:
