@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,17 @@ def test_the_page_is_made_while_it_trains(
     monkeypatch.setattr(beit.commands.train_tokenizer, "write_page", noted)
     run(tmp_path / "run", NAME, shapes / "train", **{**SHORT, "steps": 20})
     assert looks == list(range(2, 21, 2))
+
+
+def test_info_tells_of_its_health(tokenizer: Done, cli: Cli) -> None:
+    facts = json.loads(cli("info", tokenizer.folder, json=True)[1])
+    live, perplexity, quality = facts["health"]
+    assert live.startswith(f"{tokenizer.result['live_codes']:.1%} of the codes alive")
+    assert perplexity.startswith(f"{tokenizer.result['perplexity']:.0f} perplexity")
+    assert quality.startswith(f"{tokenizer.result['psnr_db']:.3g} dB PSNR")
+    assert Path(facts["reconstructions"]).is_file()
+    assert Path(facts["report"]).is_file()
+    assert "17 to 23" in cli("info", tokenizer.folder)[1]
 
 
 def test_settings_are_told_as_they_are_saved(tokenizer: Done) -> None:
