@@ -175,6 +175,24 @@ def test_without_a_model_folder_a_size_begins_from_nothing(
     assert "a fresh network, nothing is loaded" in done.said
 
 
+def test_another_fine_tuning_keeps_what_the_head_knows_by_name(
+    shapes: Path, tmp_path: Path, short: dict[str, Any], finetuned: Done
+) -> None:
+    """At a rate of nothing the rows of two of three classes are what they were; a new class drops all."""
+    options = {**short, "model": finetuned.folder, "lr": 0, "min_lr": 0, "steps": 1, "no_report": True}
+    shutil.copytree(shapes, tmp_path / "data")
+    for part in ("train", "val"):
+        shutil.rmtree(tmp_path / "data" / part / "disc")
+    two = run(tmp_path / "two", "finetune", tmp_path / "data", **options)
+    assert list(load(two.folder).id2label.values()) == ["square", "triangle"]
+    assert torch.equal(two.weights["classifier.weight"], finetuned.weights["classifier.weight"][1:])
+    assert "matched head" in two.said
+    for part in ("train", "val"):
+        (tmp_path / "data" / part / "square").rename(tmp_path / "data" / part / "hexagon")
+    other = run(tmp_path / "other", "finetune", tmp_path / "data", **options)
+    assert "new head" in other.said
+
+
 def test_pictures_may_be_larger_than_in_pretraining(
     shapes: Path, tmp_path: Path, short: dict[str, Any]
 ) -> None:
@@ -575,15 +593,6 @@ def test_a_csv_with_several_labels_trains_a_question_a_class(tmp_path: Path) -> 
     scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
     assert dict(answer.top) == pytest.approx(dict(zip(engine.labels, scores, strict=True)), abs=1e-6)
     assert sum(score for _, score in answer.top) != pytest.approx(1, abs=0.05), "no softmax"
-
-
-def test_the_run_is_named_for_its_data() -> None:
-    name = beit.finetune_defaults.run_name
-    assert name(Path("flowers/")) == "flowers"
-    assert name(Path("a/flowers.v2")) == "flowers.v2"
-    assert name(Path("labels.csv")) == "labels"
-    assert name(Path("s/train-{000..009}.tar")) == "train"
-    assert name(Path("*.tar")) == "finetune"
 
 
 # --- The page ----------------------------------------------------------------------------------------
