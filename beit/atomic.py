@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,12 +45,20 @@ def write_together(folder: Path, contents: dict[str, bytes]) -> None:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A place beside a file, to be written in whatever way; it takes the file's place if all goes well."""
+    """A place beside a file, to be written in whatever way; it takes the file's place if all goes well.
+
+    Raises CannotWrite where the disk is full or may not be written.
+    """
     beside = file.parent / f".{file.name}.{os.getpid()}"
     try:
         yield beside
         flush(beside)
         os.replace(beside, file)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        reason = os.strerror(error.errno)
+        raise CannotWrite(f"cannot write {file}: {reason}; make room or choose another place") from error
     finally:
         beside.unlink(missing_ok=True)
 

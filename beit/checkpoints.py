@@ -494,7 +494,12 @@ def _check_own(found: Weights) -> None:
         raise CheckpointError(f"{path} does not describe a BEiT: {error}") from error
     if not {"fc_norm.weight", "norm.weight"} & tensors.keys():  # a backbone, taken before its norm
         like = {name: tensor for name, tensor in like.items() if not name.startswith("fc_norm.")}
-    _check_same(path, {k: v.shape for k, v in like.items()}, tensors, describe_family(found))
+    _check_same(
+        path,
+        {k: v.shape for k, v in like.items()},
+        tensors,
+        describe_family(found.config, found.model_class),
+    )
     strange = {str(t.dtype).removeprefix("torch.") for t in tensors.values()} - DTYPES
     if strange:
         raise CheckpointError(
@@ -522,15 +527,14 @@ def _some(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
-def describe_family(found: Weights) -> str:
+def describe_family(c: BeitConfig, model_class: type[Beit]) -> str:
     """What a model is, in words: "BEiT classifier, 12 blocks of width 768, one bias table a block"."""
-    c = found.config
     task = {
         BeitForMaskedImageModeling: f"masked-image model of {c.vocab_size} tokens",
         BeitForImageClassification: f"classifier of {c.num_classes} classes"
         if c.num_classes
         else "encoder",
-    }.get(found.model_class, "encoder")
+    }.get(model_class, "encoder")
     version = "BEiT v2" if c.early_layer else "BEiT"
     bias = {
         "per_block": "one bias table a block",

@@ -172,7 +172,7 @@ def run() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(0)
     except Exception as error:
         if os.environ.get("BEIT_DEBUG"):
@@ -181,7 +181,16 @@ def run() -> None:
         if code == 1:
             raise
         print(f"beit: {error}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was what failed
+            drop_output()
         sys.exit(code)
+
+
+def drop_output() -> None:
+    """Send what is still to be printed nowhere, or Python tries again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def take_start(words: list[str]) -> tuple[str, str] | None:
@@ -213,6 +222,6 @@ def exit_code(error: Exception) -> int:
     if hasattr(error, "exit_code"):
         return int(error.exit_code)
     if isinstance(error, OSError):
-        full_or_forbidden = ("ENOSPC", "EACCES", "EROFS", "EDQUOT", "ENOTDIR", "EISDIR")
+        full_or_forbidden = ("ENOSPC", "EACCES", "EROFS", "EDQUOT", "EFBIG", "ENOTDIR", "EISDIR")
         return 6 if errno.errorcode.get(error.errno or 0) in full_or_forbidden else 1
     return 2 if isinstance(error, ValueError) else 1

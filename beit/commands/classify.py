@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
 from beit.atomic import check_place, replacing
-from beit.data import ImageSource, find_pictures
+from beit.data import ImageSource, TooManyBadImages, find_pictures
 from beit.engine import Engine, Entry, Picture, Precision, Prediction, Runtime
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
@@ -37,6 +37,8 @@ class Classify:
     """Write to this .csv, .jsonl or .parquet instead."""
     json: bool = False
     """Print one JSON object a picture."""
+    max_bad_images: float = 1.0
+    """Share of the pictures that may be unreadable; more, or all of them, end with exit code 4."""
     batch_size: PositiveInt = 16
     runtime: Runtime = "auto"
     """What computes; auto is the fastest here that agrees with torch, measured once a model."""
@@ -58,6 +60,8 @@ class SomeSkipped(Exception):
 def classify(settings: Classify) -> None:
     """Classify pictures."""
     out = settings.out
+    if not 0 <= settings.max_bad_images <= 1:
+        raise ValueError(f"max_bad_images {settings.max_bad_images} is not a share from 0 to 1")
     if out is not None and out.suffix not in ENDINGS:
         raise ValueError(f"--out {out} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
     check_place(out)
@@ -85,6 +89,8 @@ def classify(settings: Classify) -> None:
         done, failed = write_table(answers)
     else:
         done, failed = write_all(answers, lambda answer: print_words(answer, sys.stdout))
+    if failed and (failed == done or failed > settings.max_bad_images * done):
+        raise TooManyBadImages(f"{failed} of {done} pictures could not be read")
     if failed:
         raise SomeSkipped(f"{failed} of {done} pictures could not be read")
 

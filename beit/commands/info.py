@@ -1,4 +1,4 @@
-"""`beit info`: what a model file or folder is, without guessing."""
+"""`beit info`: what a model file or folder is, without guessing; or what a named size would be."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
 from beit.checkpoints import describe_family, find_weights, is_tokenizer, load_tokenizer
 from beit.engine import known_choice
-from beit.hub import resolve, sha256_of
+from beit.flops import forward_flops
+from beit.hub import is_size, resolve, sha256_of
+from beit.model import VARIANTS, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Info:
     model: str
-    """Folder, file, hub:owner/name or a name of `beit models`; a tokenizer's too."""
+    """Folder, file, hub:owner/name or a name of `beit models`; a tokenizer's too; or the name of a size."""
     _: KW_ONLY
     num_heads: PositiveInt | None = None
     """Attention heads, where the file does not say and they are not 64 wide."""
@@ -32,13 +35,15 @@ class Info:
 
 def info(settings: Info) -> dict[str, Any]:
     """Tell what a model is: family, size, classes, preparation, parameters, provenance, hash."""
-    path = resolve(settings.model)
-    facts = (
-        describe_tokenizer(path, settings) if is_tokenizer(path) else describe_encoder(path, settings)
-    )
-    facts["sha256"] = sha256_of(path)
-    if not is_tokenizer(path):
-        facts["runtime"] = known_choice(path)
+    if is_size(settings.model) and settings.model in VARIANTS:
+        facts = describe_size(settings.model)
+    else:
+        path = resolve(settings.model)
+        tokenizer = is_tokenizer(path)
+        facts = (describe_tokenizer if tokenizer else describe_encoder)(path, settings)
+        facts["sha256"] = sha256_of(path)
+        if not tokenizer:
+            facts["runtime"] = known_choice(path)
     if settings.json:
         print(json.dumps(facts, ensure_ascii=False))
         return facts
@@ -52,6 +57,29 @@ def info(settings: Info) -> dict[str, Any]:
     return facts
 
 
+def describe_size(name: str) -> dict[str, Any]:
+    """The facts of a size that has no weights yet."""
+    config = VARIANTS[name]
+    kind = BeitForMaskedImageModeling if config.use_mask_token else BeitForImageClassification
+    verb = "pretrain" if config.use_mask_token else "finetune"
+    with torch.device("meta"):
+        model = kind(config)
+    height, width = config.image_height_width
+    return {
+        "family": describe_family(config, kind),
+        "weights": f"none, it is a size; train it: beit {verb} DATA --model {name}",
+        "img_size": f"{height} x {width} pixels, patches of {config.patch_size}",
+        "heads": config.num_heads,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "forward": _forward(config),
+        "config": dataclasses.asdict(config),
+    }
+
+
+def _forward(config: BeitConfig) -> str:
+    return f"{forward_flops(config) / 1e9:.3g} GFLOP a picture"
+
+
 def describe_encoder(path: Path, settings: Info) -> dict[str, Any]:
     """The facts of an encoder or a classifier."""
     found = find_weights(path, None, settings.num_heads, settings.early_layer)
@@ -59,11 +87,12 @@ def describe_encoder(path: Path, settings: Info) -> dict[str, Any]:
     height, width = config.image_height_width
     tensors = found.tensors.values()
     facts: dict[str, Any] = {
-        "family": describe_family(found),
+        "family": describe_family(config, found.model_class),
         "format": found.layout,
         "img_size": f"{height} x {width} pixels, patches of {config.patch_size}",
         "heads": config.num_heads,
         "parameters": sum(t.numel() for t in tensors),
+        "forward": _forward(config),
         "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors})),
         "norm_eps": config.layer_norm_eps,
         "preparation": dataclasses.asdict(spec),

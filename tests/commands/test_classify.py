@@ -158,6 +158,7 @@ def test_a_pipe_that_closes_early_is_no_error(finetuned: Done, shapes: Path, tmp
         ({"batch_size": 0}, 2, "batch"),
         ({"model": "nowhere.run"}, 5, "nowhere.run does not exist"),
         ({"precision": "fp8"}, 2, "fp8"),
+        ({"max_bad_images": 2}, 2, "max_bad_images 2.0 is not a share from 0 to 1"),
         ({"tpo": 3}, 2, "--tpo is no setting of classify"),
         ({"out": "no/such/folder/answers.csv"}, 6, "no/such/folder"),
     ],
@@ -285,3 +286,62 @@ def test_an_output_file_is_not_touched_by_a_command_that_fails(
     (tmp_path / "answers.csv").write_text("from before")
     cli("classify", photos, model=pretrained.folder, out=tmp_path / "answers.csv")
     assert (tmp_path / "answers.csv").read_text() == "from before"
+
+
+def test_too_many_bad_pictures_end_with_4_and_their_answers_are_written(
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path
+) -> None:
+    """One of five is bad: more than a tenth; and one of one, all of them, whatever may be."""
+    model = finetuned.folder
+    code, out, err = cli("classify", photos, model=model, max_bad_images=0.1, out=tmp_path / "a.csv")
+    assert (code, out) == (4, "")
+    assert "1 of 5 pictures could not be read" in err
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 6
+    bad = next(answer.path for answer in expected(finetuned, photos) if answer.error)
+    code, out, err = cli("classify", bad, model=model, json=True)
+    assert (code, len(out.splitlines())) == (4, 1)
+
+
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs limits of a process")
+
+
+@POSIX
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_a_full_disk_ends_with_6_and_keeps_what_was_there(
+    finetuned: Done, photos: Path, tmp_path: Path, ending: str
+) -> None:
+    """No file may grow beyond 100 bytes."""
+    place = tmp_path / "place"
+    place.mkdir()
+    file = place / f"answers{ending}"
+    file.write_text("from before")
+    words = ["classify", str(photos), "-m", str(finetuned.folder), "-o", str(file)]
+    code = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))\n"
+        f"sys.argv[1:] = {[*words, '--runtime', 'torch']!r}\n"
+        "from beit.cli import main\nmain()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (6, ""), done.stderr
+    assert (
+        done.stderr == f"beit: cannot write {file}: File too large; make room or choose another place\n"
+    )
+    assert file.read_text() == "from before"
+    assert list(place.iterdir()) == [file]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_ends_with_6(finetuned: Done, photos: Path) -> None:
+    words = [sys.executable, "-m", "beit", "classify", str(photos), "-m", str(finetuned.folder)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*words, "--runtime", "torch"],
+            env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 6, done.stderr
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from random_models import GOLDEN, build
 from safetensors.torch import load_file
 
 from beit.checkpoints import load, save
+from beit.model import VARIANTS, BeitForImageClassification, BeitForMaskedImageModeling
 
 FILE = GOLDEN / "unilm-v1-finetune-relbias.pth"
 
@@ -28,6 +30,7 @@ def test_a_file_is_described_in_words(cli: Cli) -> None:
         "format unilm file",
         "img size 32 x 32 pixels, patches of 8",
         "heads 4",
+        "forward 0.00328 GFLOP a picture",
         f"parameters {count:,}",
         "dtype float32",
         "ignored 3 entries: computed from the grid, never read",
@@ -77,6 +80,40 @@ def test_a_tokenizer_is_described(cli: Cli, tmp_path: Path) -> None:
     torch.save(load_file(GOLDEN / "vqkd-tiny.safetensors"), tmp_path / "vqkd.pth")
     facts = json.loads(cli("info", tmp_path / "vqkd.pth", num_heads=4, json=True)[1])
     assert facts["tokens"] == "64, one for 8 x 8 pixels"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "gflop"),  # of the papers, and timm's count of half as many multiply-adds
+    [
+        ("beit_base_patch16_224", 86_530_984, 35.1),
+        ("beit_large_patch16_224", 304_430_568, 123),
+        ("beit_tiny_patch8_64", None, None),
+        ("beit_base_patch16_224_8k_vocab", None, None),
+    ],
+)
+def test_a_size_is_described_by_its_name(
+    name: str, parameters: int | None, gflop: float | None, cli: Cli
+) -> None:
+    code, out, err = cli("info", name, json=True)
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    config = VARIANTS[name]
+    assert facts["config"] == json.loads(json.dumps(asdict(config)))
+    kind = BeitForMaskedImageModeling if "vocab" in name else BeitForImageClassification
+    built = sum(p.numel() for p in kind(config).parameters()) if parameters is None else parameters
+    assert facts["parameters"] == built
+    if gflop is not None:
+        assert facts["forward"] == f"{gflop} GFLOP a picture"
+    verb = "pretrain" if "vocab" in name else "finetune"
+    assert facts["weights"].endswith(f"beit {verb} DATA --model {name}")
+
+
+def test_a_folder_that_is_named_as_a_size_is_the_folder(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(build("classifier"), tmp_path / "beit_tiny_patch8_64")
+    assert "sha256" in json.loads(cli("info", "beit_tiny_patch8_64", json=True)[1])
 
 
 def test_what_is_no_model_ends_in_code_5(cli: Cli, tmp_path: Path) -> None:
