@@ -50,6 +50,7 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+SAVE_AFTER_S = 900.0  # a kill or a power cut costs no more, however long a step takes
 
 # Settings that change how a run is carried out, not what it computes: they may differ on resume.
 FREE_SETTINGS = {
@@ -302,6 +303,7 @@ class Run:
         batches: gives the batches of a range of steps. Each step starts from torch's seed for that
         step, so a resumed run draws what an unbroken one draws.
         ema: averaged after each of the optimiser's steps, and saved.
+        save_every: steps between checkpoints; a quarter of an hour after the last there is one as well.
         keep_last, keep_every: the newest checkpoints that stay, and those of every so many steps.
         max_skipped: updates in a row that `optim.update` may leave out. Then, or where a checkpoint
         would not be finite, the run goes back to the last one; the second time it raises NotFinite.
@@ -344,6 +346,7 @@ class Run:
             return code
 
         ahead = iter(batches(range(training.step, total)))
+        saved = time.monotonic()
         try:
             with stop_signals(rescue) as stop, progress, frame:
                 while training.step < total:
@@ -355,10 +358,11 @@ class Run:
                     training.step = step + 1
                     progress.update(training.step, self.latest)
                     saving = training.step % save_every == 0 or training.step == total
-                    stopping, bad = frame.agree(bool(stop), (step, batch), wait=saving)
+                    long_ago = time.monotonic() - saved > SAVE_AFTER_S
+                    stopping, due, bad = frame.agree(bool(stop), long_ago, (step, batch), wait=saving)
                     if bad is not None:
                         self._capture(training, bad[0], bad[1], seed)
-                    saving = saving or stopping
+                    saving = saving or stopping or due
                     if training.in_a_row >= max_skipped or (saving and not training.is_finite()):
                         with frame.lock:
                             back_to = self._roll_back(training, back_to)
@@ -368,6 +372,7 @@ class Run:
                         with frame.lock:
                             frame.leaving = stopping
                             self.save(training, keep_last, keep_every)
+                        saved = time.monotonic()
                     if stopping:
                         raise Stopped(stop.exit_code or 143, stopped_at(training.step, total))
             if stop:  # it came while the last step was saved
@@ -473,30 +478,31 @@ class _Frame:
                     self.versions[name] = state[name]._version
                 self.buffers[name] = state[name].clone()
 
-    def agree(self, stop: bool, what: T, wait: bool) -> tuple[bool, T | None]:
-        """Whether any process wants to stop; and the first step that was left out, once.
+    def agree(self, stop: bool, save: bool, what: T, wait: bool) -> tuple[bool, bool, T | None]:
+        """Whether any process wants to stop, or to save; and the first step that was left out, once.
 
         On a GPU the answer is that of the step before, which is there already, unless `wait`.
         """
-        flags = torch.stack([torch.full((), float(stop), device=self.device), self.skipped])
+        flags = torch.stack([torch.full((), float(f), device=self.device) for f in (stop, save, 0)])
+        flags[2] = self.skipped
         flags = distributed.highest(flags).to("cpu", non_blocking=True)
         event = None
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
         self.waiting.append((what, flags, event))
-        stopping, bad = False, None
-        while len(self.waiting) > (event is not None and not (wait or stopping)):
+        stopping, saving, bad = False, False, None
+        while len(self.waiting) > (event is not None and not (wait or stopping or saving)):
             what, flags, event = self.waiting.popleft()
             if event is not None:
                 event.synchronize()
-            asked, skipped = flags.tolist()
-            stopping = stopping or bool(asked)
+            asked, due, skipped = flags.tolist()
+            stopping, saving = stopping or bool(asked), saving or bool(due)
             self.training.skipped += int(skipped)
             self.training.in_a_row = self.training.in_a_row + 1 if skipped else 0
             if skipped and not self.captured:
                 self.captured, bad = True, what
-        return stopping, bad
+        return stopping, saving, bad
 
 
 class _Pace:

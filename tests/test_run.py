@@ -282,6 +282,20 @@ def test_optimizer_state_goes_to_disk_and_back_by_name(tmp_path: Path) -> None:
     same(optimizer_tensors(fresh.model, fresh.optimizer), saved)
 
 
+def test_a_checkpoint_is_written_when_the_last_is_long_ago(
+    tmp_path: Path, unbroken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step may take minutes, and a kill should not cost hours of them."""
+    monkeypatch.setattr(beit.run, "SAVE_AFTER_S", 0.0)
+    written: list[int] = []
+    save = Run.save
+    monkeypatch.setattr(
+        Run, "save", lambda run, t, *given: written.append(t.step) or save(run, t, *given)
+    )
+    same(train(tmp_path / "run").go(), unbroken[0])
+    assert written == list(range(1, 13))
+
+
 def test_every_nth_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
     frame = {"save_every": 1, "keep_last": 3, "keep_every": 5}
     training = train(tmp_path / "run", frame=frame)

@@ -115,7 +115,7 @@ class Pretrain:
     log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl."""
     save_every: PositiveInt = 500
-    """Steps between checkpoints."""
+    """Steps between checkpoints; a quarter of an hour after the last there is one as well."""
     keep_last: PositiveInt = 2
     """The newest checkpoints stay."""
     keep_every: NonNegativeInt = 0
