@@ -288,6 +288,9 @@ def test_misspelt_recipes_and_keys_name_the_nearest(cli: Cli, tmp_path: Path) ->
     code, _, err = cli("pretrain", "x", tokenizer="t", out="o", recipe="beit_bas_22k")
     assert code == 2
     assert "did you mean beit_base_22k" in err
+    code, _, err = cli("train-tokenizer", "x", out="o", recipe="beit_base_22k")
+    assert code == 2
+    assert "`beit train-tokenizer` has no recipe 'beit_base_22k'; it has none" in err
     (tmp_path / "mine.toml").write_text("[settings]\nepoch = 3\n")
     code, _, err = cli("pretrain", "x", tokenizer="t", out="o", recipe=tmp_path / "mine.toml")
     assert code == 2

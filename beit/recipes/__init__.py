@@ -60,5 +60,7 @@ def read_settings(file: Path, fields: Collection[str]) -> dict[str, Any]:
 
 def nearest(word: str, known: Collection[str]) -> str:
     """What a misspelt word may have meant, for an error."""
+    if not known:
+        return "it has none"
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}" if close else f"known are {', '.join(sorted(known))}"
