@@ -482,12 +482,29 @@ def test_every_runtime_embeds_as_torch_does(
     assert ((ours * theirs).sum(axis=1) / norms).min() >= {"fp32": 0.9999, "bf16": 0.999}[precision]
 
 
-def test_threads_share_a_graph_too(folder: Path, files: list[Path]) -> None:
-    engine = Engine(folder, "openvino", "fp32", threads=1)
-    alone = [next(engine.classify(files[n])).score for n in GOOD]
-    with ThreadPoolExecutor(16) as pool:
-        answers = pool.map(lambda n: next(engine.classify(files[GOOD[n % 9]])).score, range(90))
-        assert list(answers) == pytest.approx(alone * 10, abs=1e-6)
+@pytest.mark.parametrize(("runtime", "precision"), RUNTIMES[:3])
+def test_sixty_four_threads_share_a_graph_too(
+    runtime: Any, precision: Any, folder: Path, files: list[Path]
+) -> None:
+    """Classes and features at once, a broken picture in each batch."""
+    engine = Engine(folder, runtime, precision, threads=1, batch_size=2)
+    pictures = [files[n] for n in GOOD]
+    classes = scores([next(engine.classify(file, top=6)) for file in pictures])
+    vectors = [next(engine.embed(file)).vector for file in pictures]
+
+    def ask(number: int) -> None:
+        place = number % len(pictures)
+        asked = [pictures[place], files[4], pictures[place]]
+        answers = list(engine.classify(asked, top=6)) if number % 2 else list(engine.embed(asked))
+        assert [answer.error is None for answer in answers] == [True, False, True]
+        for answer in (answers[0], answers[2]):
+            if isinstance(answer, Prediction):
+                np.testing.assert_allclose(scores([answer])[0], classes[place], atol=1e-5)
+            else:
+                np.testing.assert_allclose(answer.vector, vectors[place], atol=1e-5)  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(64) as pool:
+        list(pool.map(ask, range(256)))
 
 
 def test_auto_measures_once_and_then_opens_the_graph_without_loading_the_model(
