@@ -178,7 +178,7 @@ def run() -> None:
         if os.environ.get("BEIT_DEBUG"):
             raise
         code = exit_code(error)
-        if code == 1:
+        if code == 1 and not hasattr(error, "exit_code"):
             raise
         print(f"beit: {error}", file=sys.stderr)
         try:
@@ -218,7 +218,7 @@ def start_from(command: str, option: str, name: str) -> Config:
 
 
 def exit_code(error: Exception) -> int:
-    """What an error means to a script; 1 is ours, and keeps its traceback."""
+    """What an error means to a script; 1 is ours, and keeps its traceback unless it chose that number."""
     if hasattr(error, "exit_code"):
         return int(error.exit_code)
     if isinstance(error, OSError):

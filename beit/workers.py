@@ -35,6 +35,8 @@ NOTE_BYTES = 4096  # of the name of what a worker is doing
 class WorkerDied(RuntimeError):
     """A worker process ended by itself: killed by a person, by the kernel for memory, or by a crash."""
 
+    exit_code = 1
+
 
 def load_ahead(make: Callable[[int], T], steps: range, workers: int) -> Iterator[T]:
     """make(step) for each step, in order, prepared by threads while the caller works.
