@@ -17,7 +17,7 @@ import beit.export
 import beit.graphs
 from beit.export import ExportRefused, OutputOf, export, layer_errors
 from beit.features import embed
-from beit.graphs import SUFFIX_OF, GraphError, Output, open_graph
+from beit.graphs import SUFFIX_OF, GraphError, Output, import_openvino, open_graph
 from beit.image import ImageSpec
 from beit.model import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 
@@ -155,6 +155,27 @@ def test_int8_agrees_is_smaller_and_reports_what_it_costs(
     assert (report["calibrated_on"], report["measured_on"]) == (40, 40)
     assert set(report["ms_batch_1"]) >= {"int8"}
     assert json.loads(file.with_suffix(".json").read_text()) == report
+
+
+def test_an_int8_graph_holds_no_large_constant_in_float32(
+    pictures: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 384 pixels the biases outweigh the weights in int8."""
+    torch.manual_seed(0)
+    model = BeitForImageClassification(CONFIG).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.relative_position_bias_table.normal_()  # type: ignore[union-attr,operator]
+    monkeypatch.setattr(beit.export, "HALVED_BYTES", 3 * 17 * 17 * 4)
+    export(model, tmp_path / "s.xml", "openvino", precision="int8", pictures=pictures[:16], anyway=True)
+    graph = import_openvino().Core().read_model(tmp_path / "s.xml")
+    constants = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
+    biases = [node for node in constants if list(node.shape)[-2:] == [17, 17]]
+    assert [node.get_element_type().get_type_name() for node in biases] == ["f16", "f16"]
+    with torch.no_grad():
+        exact = [bias.numpy() for bias in model.relative_position_biases(CONFIG.grid)]
+    held = sorted(node.data.tolist() for node in biases)  # nodes have no order of ours
+    assert held == sorted(bias.astype(np.float16).tolist() for bias in exact)
 
 
 def test_int8_below_the_agreement_asked_for_is_refused_unless_told_otherwise(
