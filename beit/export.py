@@ -54,7 +54,7 @@ TOLERANCE = 1e-4  # of the largest output, or of 1 where that is more
 OPSET = 20  # the first with Gelu
 HALVED_BYTES = 1 << 16  # of a constant that stays float32 in an int8 graph: ranges and norms are smaller
 RANK_ON = 4  # pictures on which each layer's error is measured
-TRIES = (0, 2, 6, 14, 30)  # layers kept out of int8, until it agrees
+TRIES: tuple[int, ...] = (0, 2, 6, 14, 30)  # layers kept out of int8, until it agrees
 
 
 class ExportRefused(GraphError):
