@@ -23,15 +23,15 @@ def tuned(seed: Path, arm: str) -> float | None:
     return json.loads(file.read_text())["beit"]["provenance"]["val_accuracy"] if file.exists() else None
 
 
-def probed(seed: Path, arm: str, kind: str, layer: int | None) -> float | None:
-    """The same by a probe of a layer, or of the one that held-out training pictures chose."""
+def probed(seed: Path, arm: str, kind: str, last: bool = False) -> float | None:
+    """The same by a probe of the last layer, or of the one that held-out training pictures chose."""
     file = seed / f"{arm}.probe.json"
     if not file.exists():
         return None
     result: dict[str, Any] = json.loads(file.read_text())
     rows = {row["layer"]: row for row in result["rows"]}
     chosen = max(rows.values(), key=lambda row: row[kind]["held_out"])
-    return (rows[layer] if layer else chosen)[kind]["accuracy"]
+    return (rows[max(rows)] if last else chosen)[kind]["accuracy"]
 
 
 def cell(seeds: list[Path], number: Callable[[Path], float | None]) -> str:
@@ -46,16 +46,15 @@ def cell(seeds: list[Path], number: Callable[[Path], float | None]) -> str:
 def main() -> None:
     """Read the folders, print the table."""
     seeds = sorted(Path(sys.argv[1]).glob("seed-*"))
-    last = 6
     print(f"{len(seeds)} seed(s)\n")
     print("| pre-training | fine-tuned | linear, best layer | linear, last | 20 nearest, best layer |")
     print("|---|---|---|---|---|")
     for arm in ARMS:
         cells = [
             cell(seeds, lambda seed, arm=arm: tuned(seed, arm)),  # type: ignore[misc]
-            cell(seeds, lambda seed, arm=arm: probed(seed, arm, "linear", None)),  # type: ignore[misc]
-            cell(seeds, lambda seed, arm=arm: probed(seed, arm, "linear", last)),  # type: ignore[misc]
-            cell(seeds, lambda seed, arm=arm: probed(seed, arm, "knn", None)),  # type: ignore[misc]
+            cell(seeds, lambda seed, arm=arm: probed(seed, arm, "linear")),  # type: ignore[misc]
+            cell(seeds, lambda seed, arm=arm: probed(seed, arm, "linear", True)),  # type: ignore[misc]
+            cell(seeds, lambda seed, arm=arm: probed(seed, arm, "knn")),  # type: ignore[misc]
         ]
         print(f"| {arm} | {' | '.join(cells)} |")
 
