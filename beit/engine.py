@@ -129,6 +129,7 @@ class Engine:
     device: "cpu", "cuda", ... of torch; the other runtimes work on the processor.
     batch_size: pictures that the model sees at once. As many are prepared ahead.
     workers: threads that read and prepare pictures; one a processor, up to 8, where None.
+    compile: torch alone: compile each block, for many pictures on a GPU; the first batch then takes long.
     """
 
     runtime: str
@@ -145,6 +146,7 @@ class Engine:
         device: str = "auto",
         batch_size: int = 16,
         workers: int | None = None,
+        compile: bool = False,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("threads", threads), ("workers", workers)):
             if value is not None and value < 1:
@@ -176,7 +178,7 @@ class Engine:
             self._path = resolve(str(model))
         else:
             self._model = model
-        self._device = device
+        self._device, self._compile = device, compile
         self._choose(runtime, precision)
 
     # --- What computes ---
@@ -244,6 +246,9 @@ class Engine:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         self._torch = TorchModel(self._loaded(), self.device, self.precision, own=self._path is not None)
+        if self._compile:
+            for block in self._loaded().blocks:
+                block.compile()
 
     def _loaded(self) -> Beit:
         """The model in torch, loaded where it was not."""

@@ -30,6 +30,7 @@ from beit.image import ImageSpec, unilm_spec
 from beit.relative_position import (
     Grid,
     RelativePositionBias,
+    aligned,
     gather_bias,
     num_relative_distance,
     relative_position_index,
@@ -409,7 +410,7 @@ class Beit(nn.Module):
         if kept is None or not same or not torch.equal(kept[0], now):
             if len(self._bias_cache) >= KEPT_GRIDS:
                 self._bias_cache.pop(next(iter(self._bias_cache)))
-            kept = self._bias_cache[grid] = (now, self._gather_biases(tables, grid))
+            kept = self._bias_cache[grid] = (now, self._gather_biases(tables, grid, align=now.is_cuda))
         return kept[1]
 
     def _bias_tables(self) -> list[Tensor]:
@@ -419,7 +420,7 @@ class Beit(nn.Module):
             return []
         return [block.attn.relative_position_bias_table for block in self.blocks]  # type: ignore[union-attr,misc]
 
-    def _gather_biases(self, tables: list[Tensor], grid: Grid) -> list[Tensor]:
+    def _gather_biases(self, tables: list[Tensor], grid: Grid, align: bool = False) -> list[Tensor]:
         if not tables:
             return []
         native = grid == self.config.grid
@@ -430,6 +431,8 @@ class Beit(nn.Module):
             gather_bias(resize_bias_table(table, self.config.grid, grid), index).unsqueeze(0)
             for table in tables
         ]
+        if align:
+            biases = [aligned(bias) for bias in biases]
         return biases * self.config.depth if self.rel_pos_bias is not None else biases
 
     def train(self, mode: bool = True) -> Self:

@@ -47,6 +47,15 @@ def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).contiguous()
 
 
+def aligned(bias: Tensor, to: int = 8) -> Tensor:
+    """The same (..., N, N) bias, with rows that begin at multiples of `to` numbers.
+
+    CUDA's fused attention takes such a bias as it is; any other it copies into one, at each call.
+    """
+    keys = bias.shape[-1]
+    return nn.functional.pad(bias, (0, -keys % to))[..., :keys]
+
+
 class RelativePositionBias(nn.Module):
     """The one table that all blocks share during pre-training."""
 

@@ -399,9 +399,7 @@ def test_samples_crops_and_masks_are_the_same_for_any_workers_ranks_and_place_of
 ) -> None:
     steps = range(start, start + length)
     ranks = [
-        seen(
-            loader_of(pictures, tmp_path, batch_size=8, workers=workers, rank=rank, world=world), steps
-        )
+        seen(loader_of(pictures, tmp_path, batch_size=8, workers=workers, rank=rank, world=world), steps)
         for rank in range(world)
     ]
     for place, step in enumerate(steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import time
@@ -296,6 +297,25 @@ def test_scoring_a_source_with_a_broken_picture_names_it(
 ) -> None:
     with pytest.raises(BadImage, match=r"04\.png"):
         exact(model).logits_of(open_source(files[0].parent))
+
+
+def test_a_compiled_engine_gives_the_same_answers(
+    model: BeitForImageClassification, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def compile_eagerly(block: torch.nn.Module) -> None:  # the tracing of torch.compile, no C++ compiler
+        compiled.append(block)
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="aot_eager")
+
+    copied = copy.deepcopy(model)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    answers = list(Engine(copied, "torch", "fp32", batch_size=4, compile=True).classify(files))
+    assert compiled == list(copied.blocks)
+    expected = list(exact(model, batch_size=4).classify(files))
+    assert [answer.label for answer in answers] == [answer.label for answer in expected]
+    scores = [[answer.score or 0.0 for answer in side] for side in (answers, expected)]
+    np.testing.assert_allclose(*scores, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "tokens"])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from beit.relative_position import (
     Grid,
+    aligned,
     gather_bias,
     geometric_coordinates,
     geometric_ratio,
@@ -240,3 +241,15 @@ def test_resize_keeps_the_dtype_and_computes_in_float64(dtype: torch.dtype) -> N
 def test_a_table_of_the_wrong_length_is_refused_with_both_lengths() -> None:
     with pytest.raises(ValueError, match=r"4 x 4 grid has 52 rows; this one has 38"):
         resize_bias_table(random_table((3, 4)), (4, 4), (6, 6))
+
+
+@pytest.mark.parametrize("keys", [5, 8, 17, 577])
+def test_an_aligned_bias_has_the_same_numbers_in_rows_of_multiples_of_8(keys: int) -> None:
+    bias = torch.randn(2, keys, keys)
+    ours = aligned(bias)
+    assert torch.equal(ours, bias)
+    assert ours.stride()[-1] == 1
+    assert [step % 8 for step in ours.stride()[:-1]] == [0, 0]
+    q = torch.randn(2, keys, 16)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    torch.testing.assert_close(attend(q, q, q, attn_mask=ours), attend(q, q, q, attn_mask=bias))
