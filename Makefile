@@ -2,22 +2,23 @@
 # make test   every test and check; what CI runs
 # make check  ruff and mypy alone
 # make bench  the measured tables of benchmarks/results (minutes to hours; not part of make test)
-# make chaos  200 kills, 50 stops, full disks, damaged files (20 min; make test does a few of each)
+# make chaos  200 kills, 50 stops, full disks, damaged files, NaNs (20 to 60 min; make test does a few of each)
 # make chaos-embed  200 kills of beit embed on 5,000 pictures (minutes)
+# make soak   64 threads at one engine for a minute
 # Each sets up .venv first. `make demo DEMO_ARGS=--fast` takes under a minute.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
 
-.PHONY: demo test check bench chaos chaos-embed clean
+.PHONY: demo test check bench chaos chaos-embed soak clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	$(BIN)/beit demo $(DEMO_ARGS)
 
-# A process a core, one thread each: two that share threads wait for each other. Parts and commands apart: in one
-# process with all parts' libraries a stopped training ended in a segmentation fault (docs/log.md).
+# A process a core, one thread each: two that share threads wait for each other. Parts and commands apart: the
+# second run begins with as little memory in use as a user's command does.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 --ignore tests/commands
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 tests/commands
@@ -35,6 +36,9 @@ chaos: .venv/installed
 
 chaos-embed: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos_embed.py
+
+soak: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_engine.py --seconds 60
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
