@@ -19,9 +19,10 @@ import beit
 # A test that imports openvino by itself would let it report on its users; `graphs` sees to that elsewhere.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
-# What a shell starts in the background ignores Ctrl-C, and so would each child; the tests send it.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What a shell starts in the background ignores Ctrl-C, what nohup starts a hang-up. The tests send both.
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _usual)
 
 ROOT = Path(beit.__file__).parents[1]
 # Beside an installed copy, the package under test comes first for child processes too.
