@@ -54,6 +54,10 @@ def main() -> None:
     memory_ = kinds.add_parser("memory")
     memory_.add_argument("--model", default="beit_base_patch16_384")
     memory_.add_argument("--pictures", type=int, default=1000)
+    memory_.add_argument("--cases", nargs="+", help="such as 'openvino int8'; all where not given")
+    memory_.add_argument(
+        "--theirs", type=int, help="pictures that transformers gets; as many, if not given"
+    )
     memory_.add_argument("--one", help=argparse.SUPPRESS)
     ahead_ = kinds.add_parser("ahead")
     ahead_.add_argument("--model", default="beit_base_patch16_224")
@@ -171,7 +175,10 @@ def memory(given: argparse.Namespace) -> None:
         print("|---|---|---|---|---|")
         first = None
         for name, case in cases(place).items():
-            case = {**case, "photos": str(photos), "count": given.pictures}
+            if given.cases and name not in (*given.cases, RATIO_TO):
+                continue
+            count = given.pictures if name != RATIO_TO else given.theirs or given.pictures
+            case = {**case, "photos": str(photos), "count": count}
             words = [sys.executable, __file__, "memory", "--one", json.dumps(case)]
             if case["runtime"] != "transformers":
                 words = [sys.executable, "-c", OURS, json.dumps(case)]
