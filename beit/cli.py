@@ -46,7 +46,7 @@ COMMANDS = {
         "beit finetune flowers/",
     ),
     "probe": (
-        "Probe a model's frozen features: linear, k-NN, attentive, few-shot.",
+        "Probe a model's frozen features: linear, SGD, k-NN, attentive, few-shot.",
         "beit probe flowers/ -m pretrained",
     ),
     "evaluate": (

@@ -53,9 +53,8 @@ def write_report(
         note = f"On {count} validation pictures; {FLATTERED}."
         how_good(page, answers, note, "The temperature was fitted to these pictures.")
     workers, seed = settings["workers"], settings["seed"]
-    if not data.several:
-        fresh = is_size(settings["model"])
-        review(page, run.out, data, final, frozen, fresh, settings["precision"], workers, seed)
+    fresh = is_size(settings["model"])
+    review(page, run.out, data, final, frozen, fresh, settings["precision"], workers, seed)
     if data.divided.looked is not None:
         twins = data.twins()
         same_pictures(page, twins, f"{SAME} has all")

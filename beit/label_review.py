@@ -3,7 +3,8 @@
 A linear probe that has not seen a label says what it would be. Its features are frozen ones where there
 are such, as a trained network may know its labels by heart.
 
-Shapes: n pictures, D features; labels int64 (n,).
+Shapes: n pictures, D features, C classes; truth int64 (n,), or bool (n, C) where pictures have several
+labels: then each class is a question, and a suggestion answers one of them the other way.
 """
 
 from __future__ import annotations
@@ -24,10 +25,16 @@ from beit.classifier_report import file_name, picture_of
 from beit.data import ImageSource
 from beit.features import default_layer
 from beit.frozen import MOST_PICTURES, FrozenClassifier, features_of
-from beit.labelled import Labelled
+from beit.labelled import SEPARATOR, Labelled
 from beit.model import Beit
 from beit.precision import Precision
-from beit.probe import LabelReview, out_of_fold, review_labels
+from beit.probe import (
+    LabelReview,
+    out_of_fold,
+    out_of_fold_several,
+    review_labels,
+    review_several,
+)
 from beit.report import Page
 
 FILE = "label_review.csv"
@@ -58,7 +65,8 @@ def review(
     """
     model = model if frozen is None else frozen.model
     layer = default_layer(model.config.depth) if frozen is None else frozen.layer
-    sides = [data.train.source] if data.val is None else [data.train.source, data.val.source]
+    parts = [data.train] if data.val is None else [data.train, data.val]
+    sides = [part.source for part in parts]
     count = sum(map(len, sides))
     if count > MOST_PICTURES or count * model.config.embed_dim * len(data.classes) > MOST_NUMBERS:
         page.section("Labels that may be wrong", "Not looked for: there are too many pictures.")
@@ -68,46 +76,63 @@ def review(
         found.append(features_of(model, source, [layer], precision, workers))
     pictures = [(s, int(i)) for s, f in zip(sides, found, strict=True) for i in f.kept]
     features = torch.cat([f.layers[layer] for f in found])
-    labels = torch.tensor([int(source.labels[i]) for source, i in pictures])
+    truth = torch.from_numpy(
+        np.concatenate([p.truth[f.kept] for p, f in zip(parts, found, strict=True)])
+    )
     kind = "frozen features" if frozen is not None else "trained features"
     if from_nothing and data.divided.looked is not None:
         numbers = zip((data.divided.train, data.divided.val), found, strict=False)
         chosen = np.concatenate([side[f.kept] for side, f in numbers])
         thumbnails = torch.from_numpy(data.divided.looked.thumbnails[chosen]).flatten(1).float() / 64
         features, kind = torch.cat([features, thumbnails], dim=1), f"{kind} and thumbnails"
-    probability = out_of_fold(features, labels, len(data.classes), seed=seed)
-    suspects = suspects_of(pictures, labels, data.classes, review_labels(probability, labels), features)
-    right = float((probability.argmax(dim=1) == labels).double().mean())
+    if data.several:
+        probability = out_of_fold_several(features, truth, seed)
+        judged, right = review_several(probability, truth), (probability > 0.5) == truth
+    else:
+        probability = out_of_fold(features, truth, len(data.classes), seed=seed)
+        judged, right = review_labels(probability, truth), probability.argmax(dim=1) == truth
+    suspects = suspects_of(pictures, truth, data.classes, judged, features)
     write_label_review(folder / FILE, suspects)
     label_errors(
         page,
         suspects,
-        f"Judged by a linear probe on {kind}, which is right for {right:.1%} of the labels that it has "
-        "not seen.",
+        f"Judged by a linear probe on {kind}, which is right for {right.double().mean():.1%} of the "
+        f"{'answers' if data.several else 'labels'} that it has not seen.",
     )
 
 
 def suspects_of(
-    pictures: Sequence[tuple[ImageSource, int]], labels: Tensor, classes: Sequence[str],
+    pictures: Sequence[tuple[ImageSource, int]], truth: Tensor, classes: Sequence[str],
     review: LabelReview, features: Tensor | None = None,
 ) -> list[Suspect]:  # fmt: skip
     """Labels in the order of a review; the first ones with the nearest pictures that would agree.
 
     features: (n, D), to find those by.
     """
+
+    def named(row: Tensor) -> str:
+        return SEPARATOR.join(classes[i] for i in row.nonzero().flatten().tolist())
+
     found = []
     normed = None if features is None else F.normalize(features.float(), dim=1)
     for place, number in enumerate(review.order.tolist()):
         other = int(review.suggestion[number])
+        if truth.ndim == 2:
+            proposed = truth[number].clone()
+            proposed[other] = ~proposed[other]
+            given, suggested = named(truth[number]), named(proposed)
+            agree = truth[:, other] == proposed[other]
+        else:
+            given, suggested = classes[int(truth[number])], classes[other]
+            agree = truth == other
         alike: list[tuple[ImageSource, int]] = []
         if normed is not None and place < SHOWN:
-            agreeing = torch.where(labels == other)[0]
+            agreeing = torch.where(agree)[0]
             nearest = (normed[agreeing] @ normed[number]).topk(min(NEIGHBOURS, len(agreeing))).indices
             alike = [pictures[int(i)] for i in agreeing[nearest]]
         confidence = float(review.confidence[number])
         source, index = pictures[number]
-        given = classes[int(labels[number])]
-        found.append(Suspect(source, index, given, classes[other], confidence, alike))
+        found.append(Suspect(source, index, given, suggested, confidence, alike))
     return found
 
 

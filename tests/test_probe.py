@@ -13,6 +13,8 @@ import beit.probe
 from beit.probe import (
     DRAWS,
     PENALTIES,
+    SGD_BATCH,
+    SGD_EPOCHS,
     STUDENT_T,
     AttentiveProbe,
     LinearProbe,
@@ -21,9 +23,12 @@ from beit.probe import (
     fit_best_probe,
     fit_probe,
     fit_probes,
+    fit_sgd,
     knn_scores,
     likely_label_errors,
     out_of_fold,
+    out_of_fold_several,
+    review_several,
 )
 
 
@@ -155,6 +160,39 @@ def test_on_real_features_every_penalty_scores_as_in_scikit_learn() -> None:
         theirs.fit(((x - mean) / std).numpy(), y)
         accuracy = theirs.score(((test_x - mean) / std).numpy(), test_y)
         assert probe.accuracy(test_x, test_y) == pytest.approx(accuracy, abs=0.002)
+
+
+def test_sgd_is_the_written_out_descent_for_each_rate_alone() -> None:
+    """Heavy ball on the closed-form gradient of softmax regression, in NumPy."""
+    x, y = clusters(300)
+    lrs = (0.01, 0.3)
+    mean, std = x.numpy().mean(axis=0), x.numpy().std(axis=0)
+    rows = np.concatenate([(x.numpy() - mean) / std, np.ones((300, 1))], axis=1)
+    truth = np.eye(4)[y]
+    for probe, lr in zip(fit_sgd(x, y, 4, lrs, seed=3), lrs, strict=True):
+        generator = torch.Generator().manual_seed(3)
+        theta, momentum = np.zeros((4, 13)), np.zeros((4, 13))
+        steps = 2 * SGD_EPOCHS
+        for step in range(steps):
+            if step % 2 == 0:
+                order = torch.randperm(300, generator=generator).numpy()
+            batch = order[step % 2 * SGD_BATCH :][:SGD_BATCH]
+            p = np.exp(rows[batch] @ theta.T)
+            p /= p.sum(axis=1, keepdims=True)
+            momentum = 0.9 * momentum + (p - truth[batch]).T @ rows[batch] / len(batch)
+            theta -= lr * (1 + math.cos(math.pi * step / steps)) / 2 * momentum
+        np.testing.assert_allclose(probe.weight.numpy(), theta[:, :-1], atol=2e-3)
+        np.testing.assert_allclose(probe.bias.numpy(), theta[:, -1], atol=2e-3)
+
+
+def test_sgd_comes_near_scikit_learns_regression_on_real_features() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y, test_x, test_y = digits()
+    mean, std = x.mean(dim=0), x.std(dim=0, correction=0).clamp_min(1e-8)
+    theirs = linear_model.LogisticRegression(C=1.0, max_iter=20_000).fit(((x - mean) / std).numpy(), y)
+    accuracy = theirs.score(((test_x - mean) / std).numpy(), test_y)
+    best = max(probe.accuracy(test_x, test_y) for probe in fit_sgd(x, y, 10))
+    assert best == pytest.approx(accuracy, abs=0.015)  # 9 of 600; it stops before the end
 
 
 def test_with_fewer_pictures_than_features_it_is_still_scikit_learns() -> None:
@@ -301,6 +339,27 @@ def test_flipped_labels_come_first_in_the_review_and_their_class_is_suggested(se
     first = order[: len(order) // 10]
     assert float(torch.isin(flipped, first).double().mean()) >= 0.8
     assert float((suggestion[flipped] == truth[flipped]).double().mean()) >= 0.8
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_wrong_one_of_several_labels_comes_first_in_the_review(seed: int) -> None:
+    """Is it a 0? A 4? A 6? Of one picture in twenty an answer is turned."""
+    x, y, test_x, test_y = digits()
+    x, digit = torch.cat([x, test_x]), torch.cat([y, test_y])
+    truth = torch.stack([digit == number for number in (0, 4, 6)], dim=1)
+    rng = np.random.default_rng(seed)
+    flipped = torch.from_numpy(rng.permutation(len(truth))[: len(truth) // 20])
+    which = torch.from_numpy(rng.integers(0, 3, len(flipped)))
+    given = truth.clone()
+    given[flipped, which] = ~given[flipped, which]
+    probability = out_of_fold_several(x, given)
+    order, suggestion, confidence, likely = review_several(probability, given)
+    assert sorted(order.tolist()) == list(range(len(truth)))
+    assert (likely[order].diff() >= 0).all()
+    torch.testing.assert_close(confidence, 1 - likely)
+    first = order[: len(order) // 10]
+    assert float(torch.isin(flipped, first).double().mean()) >= 0.8
+    assert float((suggestion[flipped] == which).double().mean()) >= 0.8
 
 
 def test_out_of_fold_probabilities_do_not_know_the_label() -> None:

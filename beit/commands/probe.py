@@ -33,11 +33,13 @@ from beit.model import Beit
 from beit.precision import Precision, pick_device
 from beit.probe import (
     LEARNING_RATES,
+    SGD_RATES,
     AttentiveProbe,
     few_shot,
     fit_attentive,
     fit_best_probe,
     fit_probe,
+    fit_sgd,
     knn_scores,
     stratified_fifth,
 )
@@ -58,7 +60,8 @@ class Probe:
     pooling: Literal["mean", "cls", "both", "all"] = "mean"
     """Mean of the patches, class token, both side by side, or all three in turn."""
     kinds: str = "linear,knn"
-    """Of linear, knn, attentive, few-shot; the first chooses the layer that the last two read."""
+    """Of linear, sgd, knn, attentive, few-shot; the first chooses the layer that the last two read. linear:
+    fitted to its end by L-BFGS, over penalties. sgd: by SGD over learning rates, as papers do."""
     split: str = "val"
     """Folder of DATA to score on."""
     out: Annotated[Path | None, Parameter(alias="-o")] = None
@@ -227,6 +230,16 @@ def score_linear(fitted: Labelled, scored: Labelled, held_out: Tensor, classes: 
     return {**score, "held_out": accuracy, "penalty": per_picture}
 
 
+def score_sgd(fitted: Labelled, scored: Labelled, held_out: Tensor, classes: int) -> dict[str, Any]:
+    """A fifth of `fitted` chooses the learning rate, then all of it is fitted."""
+    (x, y), out = fitted, held_out.to(fitted[0].device)
+    tried = zip(fit_sgd(x[~out], y[~out], classes), SGD_RATES, strict=True)
+    accuracy, lr = max((probe.accuracy(x[out], y[out]), lr) for probe, lr in tried)
+    (final,) = fit_sgd(x, y, classes, (lr,))
+    score = accuracy_of(final.predict(scored[0]), scored[1])
+    return {**score, "held_out": accuracy, "lr": lr}
+
+
 def score_knn(fitted: Labelled, scored: Labelled, held_out: Tensor, classes: int) -> dict[str, Any]:
     """Nothing to choose; `held_out` is scored by the rest, so that layers can be compared."""
     (x, y), out = fitted, held_out.to(fitted[0].device)
@@ -235,7 +248,7 @@ def score_knn(fitted: Labelled, scored: Labelled, held_out: Tensor, classes: int
     return {**score, "held_out": float((answers == y[out]).double().mean())}
 
 
-SCORES = {"linear": score_linear, "knn": score_knn}
+SCORES = {"linear": score_linear, "sgd": score_sgd, "knn": score_knn}
 KINDS = (*SCORES, "attentive", "few-shot")
 
 
@@ -307,7 +320,10 @@ def percent(score: dict[str, Any]) -> str:
     return f"{score['accuracy']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-NAMES = {"linear": "linear", "knn": "20 nearest", "attentive": "attentive", "few-shot": "few-shot"}
+NAMES = {
+    "linear": "linear", "sgd": "linear, SGD", "knn": "20 nearest", "attentive": "attentive",
+    "few-shot": "few-shot",
+}  # fmt: skip
 
 
 def show(result: dict[str, Any], settings: Probe, depth: int, paper: int, count: int) -> None:

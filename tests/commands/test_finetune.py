@@ -595,6 +595,26 @@ def test_a_csv_with_several_labels_trains_a_question_a_class(tmp_path: Path) -> 
     assert sum(score for _, score in answer.top) != pytest.approx(1, abs=0.05), "no softmax"
 
 
+def test_a_wrong_one_of_several_labels_is_on_the_review_list(tmp_path: Path, pretrained: Done) -> None:
+    write_shapes(tmp_path, 16, seed=0)
+    rows = ["path,label"]
+    for shape in ("disc", "square", "triangle"):
+        rows += [f"{shape}/{i:02d}.png,{shape}{';edges' if shape != 'disc' else ''}" for i in range(16)]
+    rows[rows.index("disc/03.png,disc")] = "disc/03.png,disc;edges"
+    rows[rows.index("square/05.png,square;edges")] = "square/05.png,square"
+    (tmp_path / "some.csv").write_text("\n".join(rows) + "\n")
+    done = run(tmp_path / "run", "finetune", tmp_path / "some.csv", **QUICK, model=pretrained.folder)
+    with (done.folder / "label_review.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 48
+    first = {(row["path"][-len("disc/03.png") :], row["label"], row["suggested"]) for row in found[:8]}
+    assert ("disc/03.png", "disc;edges", "disc") in first
+    assert ("uare/05.png", "square", "edges;square") in first
+    confidence = [float(row["confidence"]) for row in found]
+    assert confidence == sorted(confidence, reverse=True)
+    assert "of the answers that it has not seen" in (done.folder / "report.html").read_text()
+
+
 # --- The page ----------------------------------------------------------------------------------------
 
 

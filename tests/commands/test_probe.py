@@ -20,6 +20,7 @@ from beit.commands.probe import Probe, probe, stratified_fifth
 from beit.data import ImageSource, open_source
 from beit.features import extract_features
 from beit.image import preprocess
+from beit.probe import SGD_RATES
 
 from .conftest import Done
 
@@ -120,6 +121,17 @@ def test_all_layers_and_poolings_come_from_one_pass(
         assert alone["rows"] == [row]
 
 
+def test_sgd_finds_about_the_line_that_is_best(cli: Cli, shapes: Path, finetuned: Done) -> None:
+    found = result(cli, shapes, finetuned.folder, layers="2,4", kinds="sgd,linear", no_baseline=True)
+    assert found["kind"] == "sgd"
+    for row in found["rows"]:
+        assert row["sgd"]["lr"] in SGD_RATES
+        assert row["sgd"]["accuracy"] == pytest.approx(row["linear"]["accuracy"], abs=0.1)
+    code, out, _ = cli("probe", shapes, model=finetuned.folder, layers=4, kinds="sgd", no_baseline=True)
+    assert code == 0
+    assert "linear, SGD probe of layer 4, mean: " in out
+
+
 def test_the_best_layer_is_the_one_that_the_held_out_fifth_names(
     cli: Cli, shapes: Path, finetuned: Done
 ) -> None:
@@ -211,7 +223,7 @@ def test_the_split_that_is_scored_can_be_named(cli: Cli, shapes: Path, pretraine
         ({"layers": "1,5"}, 2, "layer 5 does not exist; this model has layers 0 to 4"),
         ({"layers": "last"}, 2, "--layers last is not all, paper, or numbers from 1 to 4, with commas"),
         ({"layers": "-1"}, 2, "--layers"),
-        ({"kinds": "linear,svm"}, 2, "'svm' is not one of linear, knn, attentive, few-shot"),
+        ({"kinds": "linear,svm"}, 2, "'svm' is not one of linear, sgd, knn, attentive, few-shot"),
         ({"kinds": "attentive", "layers": "all"}, 2, "begin with linear, which chooses it"),
         (
             {"out": "/nowhere/probe.json"},
