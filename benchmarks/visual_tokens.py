@@ -1,11 +1,13 @@
 """Two questions about tokenizers: how fast DALL-E's encodes, and what to teach VQ-KD without a teacher.
 
     python benchmarks/visual_tokens.py speed
-    python benchmarks/visual_tokens.py targets DATA --arm pixels second_stage normed_pixels dvae own_average
+    python benchmarks/visual_tokens.py targets DATA --arm pixels own_average clusters
 
 `targets` trains a small tokenizer on one target (or our dVAE), pre-trains `beit_mini_patch8_32` on its
-tokens, and probes that: everything equal but the target. DATA has train/ and val/ pictures with
-classes; they are kept in memory at 64 pixels, and crops have 48. Times are of the processor.
+tokens, and probes that: everything equal but the target. `clusters` has no tokenizer: its tokens are
+clusters of what the running average of the model in training says of the whole picture. DATA has train/
+and val/ pictures with classes; they are kept in memory at 64 pixels, and crops have 48. Times are of the
+processor.
 """
 
 from __future__ import annotations
@@ -33,8 +35,17 @@ from beit.metrics import codebook_use
 from beit.model import Beit, BeitForMaskedImageModeling, variant
 from beit.optim import EMA, adamw, cosine_schedule, param_groups
 from beit.probe import fit_best_probe
-from beit.tokenizer import DalleConfig, DalleTokenizer, DiscreteVAE, DiscreteVAEConfig
-from beit.vqkd import VQKD, VQKDConfig, patch_pixels, patch_tokens
+from beit.tokenizer import (
+    DalleConfig,
+    DalleTokenizer,
+    DiscreteVAE,
+    DiscreteVAEConfig,
+    nearest_codes,
+    pick_directions,
+    revive_codes,
+    update_codes,
+)
+from beit.vqkd import KMEANS_ITERATIONS, VQKD, VQKDConfig, patch_pixels, patch_tokens
 
 KEPT, SIZE, PATCH, BATCH = 64, 48, 8, 64  # pixels, pixels, pixels, pictures
 
@@ -133,6 +144,48 @@ class OwnAverage:
         self.average.copy_to(self.encoder)
 
 
+class OnlineClusters:
+    """Tokens without a tokenizer: the nearest of centres that follow what the running average of the
+    model in training says of each patch, whole pictures seen (iBOT and CAPI do so, with other losses)."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.centres = torch.empty(0)
+        self.unused_steps = torch.zeros(vocab_size, dtype=torch.int64)
+
+    def follow(self, model: BeitForMaskedImageModeling) -> None:
+        """Take a model to average."""
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.average = EMA(model, decay=0.996)
+
+    def update(self, model: BeitForMaskedImageModeling) -> None:
+        """Follow the model after a step."""
+        self.average.update(model)
+        self.average.copy_to(self.model)
+
+    def directions(self, images: Tensor) -> Tensor:
+        """Pictures in [0, 1] -> unit vectors (B, L, D) of layer 3. Without the mean of all patches, which
+        would otherwise be most of each."""
+        said = self.model.layers(2 * images - 1, [3])[0][:, 1:]
+        said = F.layer_norm(said, said.shape[-1:])
+        return F.normalize(said - said.mean(dim=(0, 1)), dim=-1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, learn: bool = False) -> Tensor:
+        """Token ids (B, h, w). If it is to learn, the centres move, and idle ones go elsewhere."""
+        directions = self.directions(images)
+        flat = directions.flatten(0, 1)
+        if not len(self.centres):
+            self.centres = pick_directions(flat, self.vocab_size)
+            for _ in range(KMEANS_ITERATIONS):
+                update_codes(self.centres, flat, nearest_codes(self.centres, flat), decay=0)
+        token_ids = nearest_codes(self.centres, directions)
+        if learn:
+            counts = update_codes(self.centres, flat, token_ids.flatten(), decay=0.99)
+            revive_codes(self.centres, self.unused_steps, counts, flat, 20)
+        return token_ids.unflatten(1, (SIZE // PATCH, SIZE // PATCH))
+
+
 class Pictures:
     """A source in memory, uint8 (n, KEPT, KEPT, 3)."""
 
@@ -203,12 +256,15 @@ def train_tokenizer(
 
 
 def pretrain(
-    tokenizer: DiscreteVAE | VQKD, steps: int, seed: int, train: Pictures
+    tokenizer: DiscreteVAE | VQKD | OnlineClusters, steps: int, seed: int, train: Pictures
 ) -> tuple[BeitForMaskedImageModeling, float, float]:
     """A pre-trained model, and the loss and token accuracy of its last hundred steps."""
     torch.manual_seed(seed)
     config = variant("beit_mini_patch8_32").for_pretraining(tokenizer.vocab_size)
     model = BeitForMaskedImageModeling(replace(config, img_size=SIZE)).train()
+    online = tokenizer if isinstance(tokenizer, OnlineClusters) else None
+    if online:
+        online.follow(model)
     optimizer = adamw(param_groups(model, 0.05), 3e-3)
     last: list[tuple[float, float]] = []
     for step in range(steps):
@@ -216,13 +272,16 @@ def pretrain(
             group["lr"] = cosine_schedule(step, steps, steps // 8, 3e-3, 1e-5)
         images, rng = train.batch(step, seed), np.random.default_rng([seed, step, 7])
         masks = torch.from_numpy(np.stack([sample_mask((6, 6), 14, rng, 3) for _ in images]))
-        targets = tokenizer.encode(images)[masks]
+        token_ids = online.encode(images, learn=True) if online else tokenizer.encode(images)
+        targets = token_ids[masks]
         logits = model(2 * images - 1, masks)
         loss = F.cross_entropy(logits, targets)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         optimizer.step()
+        if online:
+            online.update(model)
         accuracy = (logits.argmax(dim=-1) == targets).float().mean().item()
         last = [*last[-99:], (loss.item(), accuracy)]
     mean_loss, accuracy = np.mean(last, axis=0)
@@ -255,14 +314,18 @@ def targets(given: argparse.Namespace) -> None:
     model = load_model(given.teacher) if given.teacher else None
     for arm in given.arm:
         began = time.process_time()
-        tokenizer = train_tokenizer(arm, model, given.vocab_size, given.steps, given.seed, train)
-        token_ids = torch.cat([tokenizer.encode(images).flatten() for images in val.centres()])
-        use = codebook_use(torch.bincount(token_ids, minlength=given.vocab_size).numpy())
-        row = {"arm": arm, "seed": given.seed, "live": use.live, "perplexity": use.perplexity}
-        row["tokenizer_cpu_s"] = time.process_time() - began
+        tokenizer: DiscreteVAE | VQKD | OnlineClusters
+        if arm == "clusters":
+            tokenizer = OnlineClusters(given.vocab_size)
+        else:
+            tokenizer = train_tokenizer(arm, model, given.vocab_size, given.steps, given.seed, train)
+        row = {"arm": arm, "seed": given.seed, "tokenizer_cpu_s": time.process_time() - began}
         began = time.process_time()
         model, loss, accuracy = pretrain(tokenizer, given.pretrain_steps, given.seed, train)
         row |= {"loss": loss, "token_accuracy": accuracy, "pretrain_cpu_s": time.process_time() - began}
+        token_ids = torch.cat([tokenizer.encode(images).flatten() for images in val.centres()])
+        use = codebook_use(torch.bincount(token_ids, minlength=given.vocab_size).numpy())
+        row |= {"live": use.live, "perplexity": use.perplexity}
         for layer, score in probe(model, train, val).items():
             row[f"probe_{layer}"] = score
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
@@ -275,7 +338,7 @@ def main() -> None:
     ask.add_parser("speed")
     comparing = ask.add_parser("targets")
     comparing.add_argument("data")
-    arms = ["dvae", "second_stage", "own_average", *TARGETS]
+    arms = ["dvae", "second_stage", "own_average", "clusters", *TARGETS]
     comparing.add_argument("--arm", choices=arms, nargs="+", required=True)
     comparing.add_argument("--teacher", default="", help="model folder, if second_stage comes first")
     comparing.add_argument("--vocab-size", type=int, default=1024)
