@@ -423,6 +423,22 @@ def test_in_evaluation_the_bias_is_gathered_once_a_grid(
         assert model.relative_position_biases((4, 4)) is first
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)]
+)
+def test_attention_says_the_same_with_gradients_and_without(
+    dtype: torch.dtype, tolerance: float
+) -> None:
+    """With them it is written out on a processor; without, torch's fused kernel."""
+    model = randomise(BeitForImageClassification(SMALL)).to(dtype)
+    pictures = images(2, 3, 32, 32).to(dtype)
+    learning = model.layers(pictures, [3])[0]
+    assert learning.requires_grad
+    with torch.no_grad():
+        fused = model.layers(pictures, [3])[0]
+    torch.testing.assert_close(learning.detach(), fused, atol=tolerance, rtol=tolerance)
+
+
 def test_with_gradients_or_in_training_the_bias_is_gathered_anew(gathers: Counter) -> None:
     model = randomise(Beit(SMALL))
     for _ in range(2):
