@@ -78,8 +78,8 @@ class Finetune:
     """Passes over the pictures; so many that 50,000 are seen where not given, from 10 to 100."""
     steps: NonNegativeInt = 0
     """Training steps; 0 follows `epochs`."""
-    warmup_epochs: NonNegativeFloat = 20.0
-    """At most a fifth of the run."""
+    warmup_epochs: NonNegativeFloat | None = None
+    """Of rising learning rate; 20, but at most a fifth of the run, where not given."""
     batch_size: PositiveInt | None = None
     """Pictures a step, over all that take part in it; 64 where not given, fewer below 640 pictures."""
     device_batch_size: NonNegativeInt = 0
@@ -163,6 +163,8 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
     )
     settings = choose(settings, data)
     assert settings.out is not None
+    if settings.method != "head":
+        length_of(settings, len(data.train.source))  # refuses what is none, before it begins
     model = starting_model(settings, start, data.classes).to(device)
     run = Run(settings.out, settings, settings.overwrite)
     if data.held_out and data.val is not None:
@@ -330,8 +332,7 @@ def fit(
         data.train.source, settings.batch_size, settings.seed, settings.workers, run.out,
         settings.max_bad_images, rank, world,
     )  # fmt: skip
-    total = settings.steps or (settings.epochs or 1) * loader.steps_per_epoch
-    warmup = min(round(settings.warmup_epochs * loader.steps_per_epoch), total // 5)
+    total, warmup = length_of(settings, len(data.train.source))
     batch_size = min(settings.batch_size, len(data.train.source))
     every = max(loader.steps_per_epoch, -(-total // LOOKS))
     watched = None
@@ -414,6 +415,22 @@ def fit(
             result["best_step"] = watched.best
     model.load_state_dict(last, strict=False)
     return result
+
+
+def length_of(settings: Finetune, pictures: int) -> tuple[int, int]:
+    """Steps of a run over so many training pictures, and of these the ones that warm up."""
+    assert settings.batch_size
+    steps_per_epoch = max(pictures // settings.batch_size, 1)
+    total = settings.steps or (settings.epochs or 1) * steps_per_epoch
+    if settings.warmup_epochs is None:
+        return total, min(20 * steps_per_epoch, total // 5)
+    warmup = round(settings.warmup_epochs * steps_per_epoch)
+    if warmup >= total:
+        raise ValueError(
+            f"warmup_epochs {settings.warmup_epochs:g} is {warmup:,} steps, and the run has {total:,}; give "
+            "fewer than the run's epochs, or none: then it is a fifth of the run at most"
+        )
+    return total, warmup
 
 
 def view_of(settings: Finetune, model: BeitForImageClassification) -> CropAndFlip:

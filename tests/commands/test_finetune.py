@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from safetensors.torch import load_file
 import beit.commands.finetune
 import beit.finetune_defaults
 from beit.checkpoints import load
-from beit.commands.finetune import Finetune
+from beit.commands.finetune import Finetune, length_of
 from beit.criterion import Criterion
 from beit.data import open_source
 from beit.engine import Engine
@@ -161,6 +162,49 @@ def test_our_recipes_run(shapes: Path, tmp_path: Path, cli: Cli, recipe: str) ->
     assert {key: settings[key] for key in wanted} == {**wanted, "steps": 2}
 
 
+IMAGENET_1K, IMAGENET_22K = 1_281_167, 14_197_122  # pictures to train on
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pictures", "steps"),  # floor(pictures / batch) of an epoch, times the published epochs
+    [
+        ("beit_base_1k", IMAGENET_1K, (100 * 1251, 20 * 1251)),
+        ("beit_base_22k", IMAGENET_22K, (90 * 3466, 5 * 3466)),
+        ("beit_base_22kto1k", IMAGENET_1K, (30 * 2502, 5 * 2502)),
+        ("beit_base_22kto1k_384", IMAGENET_1K, (30 * 2502, 5 * 2502)),
+        ("beit_large_1k", IMAGENET_1K, (50 * 1251, 5 * 1251)),
+        ("beit_large_22k", IMAGENET_22K, (90 * 6932, 5 * 6932)),
+        ("beit_large_22kto1k", IMAGENET_1K, (30 * 2502, 5 * 2502)),
+        ("beit_large_22kto1k_384", IMAGENET_1K, (30 * 2502, 5 * 2502)),
+        ("beit_large_22kto1k_512", IMAGENET_1K, (30 * 2502, 5 * 2502)),
+        ("beitv2_base_1k", IMAGENET_1K, (100 * 1251, 20 * 1251)),
+        ("beitv2_base_21k", IMAGENET_22K, (90 * 3466, 20 * 3466)),
+        ("beitv2_base_21kto1k", IMAGENET_1K, (30 * 1251, 20 * 1251)),
+        ("beitv2_base_300_1k", IMAGENET_1K, (100 * 1251, 20 * 1251)),
+        ("beitv2_large_1k", IMAGENET_1K, (50 * 1251, 5 * 1251)),
+        ("beitv2_large_21k", IMAGENET_22K, (90 * 3466, 20 * 3466)),
+        ("beitv2_large_21kto1k", IMAGENET_1K, (20 * 1251, 5 * 1251)),
+        ("beitv2_large_300_1k", IMAGENET_1K, (50 * 1251, 5 * 1251)),
+        ("digits", 1_169, (800, 160)),  # ours, which leaves the warm-up to the command
+    ],
+)
+def test_each_recipe_is_as_long_and_warms_up_as_long_as_published(
+    recipe: str, pictures: int, steps: tuple[int, int]
+) -> None:
+    settings = tomllib.loads((FOLDER / "finetune" / f"{recipe}.toml").read_text())["settings"]
+    assert length_of(Finetune(Path("data"), **settings), pictures) == steps
+
+
+def test_a_warm_up_is_capped_only_where_none_was_given() -> None:
+    ten = Finetune(Path("data"), batch_size=10, epochs=10)
+    assert length_of(ten, 1000) == (1000, 200)
+    assert length_of(replace(ten, epochs=200), 1000) == (20_000, 2000)
+    assert length_of(replace(ten, warmup_epochs=9.5), 1000) == (1000, 950)
+    assert length_of(replace(ten, steps=6), 1000) == (6, 1)
+    with pytest.raises(ValueError, match=r"warmup_epochs 10 is 1,000 steps, and the run has 1,000"):
+        length_of(replace(ten, warmup_epochs=10), 1000)
+
+
 def test_augmentation_is_off_unless_asked_for() -> None:
     settings = Finetune(Path("data"), model="beit_mini_patch8_32", out=Path("run"))
     assert (settings.rand_augment, settings.reprob, settings.mixup, settings.cutmix) == (0, 0, 0, 0)
@@ -252,6 +296,7 @@ def test_layer_decay_slows_the_lower_layers(
         ({"img_size": 30}, 2, "img_size 30 is not a multiple of patch_size 8; use 24 or 32"),
         ({"batch_size": 0}, 2, "--batch-size"),
         ({"steps": -1}, 2, "--steps"),
+        ({"warmup_epochs": 2}, 2, "warmup_epochs 2 is 6 steps, and the run has 6"),
         ({"crop_ratio": 1.2}, 2, "crop_ratio 1.2 is not in (0, 1]"),
         ({"val": "nowhere"}, 2, "nowhere does not exist"),
     ],
