@@ -307,6 +307,12 @@ class TooManyBadImages(Exception):
     exit_code = 4
 
 
+class SomeSkipped(Exception):
+    """Done, but some pictures could not be read; they are named in the output."""
+
+    exit_code = 3
+
+
 class BadImages:
     """The pictures of a run that could not be read: listed in a file, and counted against a budget."""
 

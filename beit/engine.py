@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from beit.atomic import write_atomically
-from beit.data import ImageSource
+from beit.data import Bad, ImageSource
 from beit.graphs import (
     RUNTIME_OF,
     SUFFIX_OF,
@@ -329,9 +329,7 @@ class Engine:
             raise ValueError(f"top {top} is not 1 or more")
         labels = self.labels
         width = min(top, len(labels))
-        several = (
-            self._about.config["several_labels"] if self._about else self.model.config.several_labels
-        )
+        several = self.several_labels
 
         def answers() -> Iterator[Prediction]:
             for name, logits, ms in self._answers(images, self.logits_array):
@@ -366,6 +364,12 @@ class Engine:
 
         return answers()
 
+    @property
+    def several_labels(self) -> bool:
+        """Whether a picture may have several of the classes, each answered by a sigmoid."""
+        config = self._about.config if self._about else vars(self.model.config)
+        return bool(config["several_labels"])
+
     def logits_of(self, source: ImageSource) -> np.ndarray:
         """Logits (n, C) float32 of all pictures of a source. Raises BadImage."""
         rows = []
@@ -374,6 +378,16 @@ class Engine:
                 raise row
             rows.append(row)
         return np.stack(rows)
+
+    def readable_logits_of(self, source: ImageSource) -> tuple[np.ndarray, list[Bad]]:
+        """Logits (n - b, C) float32 of the pictures of a source, without the b that cannot be read."""
+        rows, bad = [], []
+        for number, (name, row, _) in enumerate(self._answers(source, self.logits_array)):
+            if isinstance(row, BadImage):
+                bad.append(Bad(number, name, row.code, row.reason))
+            else:
+                rows.append(row)
+        return np.stack(rows) if rows else np.empty((0, len(self.labels)), dtype=np.float32), bad
 
     def logits(self, images: np.ndarray) -> torch.Tensor:
         """Prepared pictures (B, 3, H, W) float32 -> logits (B, C) float32 on the CPU."""

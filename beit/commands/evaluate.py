@@ -7,6 +7,7 @@ such as ImageNet-A, is scored among those, and the report says so.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -26,13 +27,15 @@ from rich.table import Table
 
 from beit.atomic import check_place, write_atomically
 from beit.classifier_report import Answers, about, how_good, same_pictures
-from beit.data import ImageSource, open_source
+from beit.data import ImageSource, SomeSkipped, TooManyBadImages, open_source
 from beit.engine import Engine
 from beit.graphs import is_graph
 from beit.hub import synsets
 from beit.image import IMAGENET_MEAN, ImageSpec, timm_spec, transformers_spec, unilm_spec
 from beit.label_review import FILE, label_errors, suspects_of, write_label_review
+from beit.labelled import Side, in_order, with_truth
 from beit.metrics import (
+    average_precision,
     bootstrap_interval,
     calibration,
     confusion_matrix,
@@ -43,10 +46,11 @@ from beit.metrics import (
 )
 from beit.model import Beit
 from beit.precision import Precision
-from beit.probe import review_labels
+from beit.probe import review_labels, review_several
 from beit.report import Page
 from beit.run import describe_settings
 from beit.split import MOST_LOOKED_AT, Looked, data_hash, look
+from beit.validation import score
 
 MANY = 50  # classes: beyond, the table shows the worst of them and the report has no whole matrix
 
@@ -69,6 +73,8 @@ class Evaluate:
     """Write all numbers to this .json as well."""
     report: Path | None = None
     """Write a page to this .html: confusions, calibration, the worst mistakes, labels that look wrong."""
+    max_bad_images: float = 0.01
+    """Share of the pictures that may be unreadable; they are left out. More end with exit code 4."""
     batch_size: PositiveInt = 64
     precision: Precision = "fp32"
     device: str = "auto"
@@ -80,6 +86,8 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     """Score a classifier on labelled pictures."""
     for file in (settings.out, settings.report):
         check_place(file)
+    if not 0 <= settings.max_bad_images <= 1:
+        raise ValueError(f"max_bad_images {settings.max_bad_images} is not a share from 0 to 1")
     engine = Engine(
         settings.model,
         "auto" if is_graph(settings.model) else "torch",
@@ -89,64 +97,148 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     )
     if settings.preset is not None:
         engine.model.image_spec = preset_spec(engine.model, settings.preset)
-    source = open_source(settings.data, settings.split, labelled=True)
-    matched_by, names = as_the_data_says(engine.labels, source)
-    source = source.with_classes(names)
-    accepted = None
-    if settings.real_labels is not None:
-        accepted = real_labels(settings.real_labels, source, len(names))
+    side, matched_by = in_the_models_words(engine, settings)
+    logits, bad = engine.readable_logits_of(side.source)
+    for one in bad:
+        print(f"{one.path}: {one.reason}", file=sys.stderr)
+    told = f"{len(bad)} of {len(side.source)} pictures could not be read"
+    if not len(logits):
+        raise TooManyBadImages(told)
+    allowed = math.ceil(settings.max_bad_images * len(side.source))
+    side = side.some(np.delete(np.arange(len(side.source)), [b.sample for b in bad]))
 
-    every = engine.logits_of(source)
     often = Counter(engine.labels)
     classes = [f"{n} ({i})" if often[n] > 1 else n for i, n in enumerate(engine.labels)]
-    labels, logits = np.array(source.labels), every
-    present = np.unique(labels)
-    if 1 < len(present) < len(classes):  # among one class everything is right
-        logits, labels = every[:, present], np.searchsorted(present, labels)
-        classes = [classes[i] for i in present]
-    right, right5 = top_k_right(logits, labels, 1), top_k_right(logits, labels, 5)
-    confusion = confusion_matrix(logits.argmax(axis=1), labels, len(classes))
-    counts = confusion.sum(axis=1)
-    curve = calibration(logits, labels)
+    answers = Answers(side.source, side.truth, logits, classes)
+    if not answers.several:
+        answers = among_present(answers)
     result: dict[str, Any] = {
-        "top1": float(right.mean()),
-        "top1_interval": bootstrap_interval(right),
-        "top5": float(right5.mean()),
-        "top5_interval": bootstrap_interval(right5),
-        "nll": negative_log_likelihood(logits, labels),
-        "ece": curve.error,
-        "pictures": len(source),
-        "classes": len(classes),
-        "model_classes": len(names),
-        "classes_without_pictures": [n for i, n in enumerate(engine.labels) if i not in present],
+        **(scores_of_several(answers) if answers.several else scores(answers)),
+        "pictures": len(side.source),
+        "bad_images": [{"path": b.path, "reason": b.reason} for b in bad],
+        "classes": len(answers.classes),
+        "model_classes": len(classes),
+        "classes_without_pictures": without_pictures(side, engine.labels),
         "matched_by": matched_by,
         "preset": settings.preset or "the model's own",
         "preprocessing": asdict(engine.model.image_spec),
-        "per_class": {n: float(confusion[i, i] / counts[i]) for i, n in enumerate(classes) if counts[i]},
-        "most_confused": [(classes[i], classes[j], often) for i, j, often in most_confused(confusion)],
     }
-    if len(classes) < len(names):
-        result["top1_among_all"] = float(top_k_right(every, source.labels).mean())
-    if accepted is not None:
-        result["real_top1"] = real_accuracy(every.argmax(axis=1), accepted)
+    if len(answers.classes) < len(classes):
+        result["top1_among_all"] = float(top_k_right(logits, side.truth).mean())
+    if settings.real_labels is not None:
+        accepted = real_labels(settings.real_labels, side.source, len(classes))
+        result["real_top1"] = real_accuracy(logits.argmax(axis=1), accepted)
     if settings.out is not None:
         document = {
             "beit": version("beit"),
             "settings": {k: v for k, v in asdict(settings).items() if k != "_"},
             **result,
-            "class_names": classes,
-            "calibration": {key: value.tolist() for key, value in curve._asdict().items()},
-            "confusion": confusion.tolist() if len(classes) <= MANY else None,
+            "class_names": answers.classes,
+            **({} if answers.several else curves(answers)),
         }
         write_atomically(settings.out, json.dumps(document, default=str, indent=1).encode() + b"\n")
     if settings.report is not None:
-        answers = Answers(source, labels, logits, classes)
         write_page(settings.report, settings, answers, result["preset"])
     if settings.json:
         print(json.dumps(result))
+    elif answers.several:
+        show_several(result, settings, answers)
     else:
-        show(result, settings, confusion, classes)
+        show(result, settings, confusion_of(answers), answers.classes)
+    if len(bad) > allowed:
+        raise TooManyBadImages(f"{told}, where {allowed} may; mend them, or raise --max-bad-images")
+    if bad:
+        raise SomeSkipped(f"{told}; they are left out")
     return result
+
+
+def in_the_models_words(engine: Engine, settings: Evaluate) -> tuple[Side, str]:
+    """The pictures, their labels numbered as the model's, and by what the classes were matched."""
+    opened = open_source(settings.data, settings.split, labelled=True)
+    side = with_truth(opened, settings.data, engine.several_labels)
+    if side.truth.ndim == 1:
+        matched_by, names = as_the_data_says(engine.labels, side.source)
+        source = side.source.with_classes(names)
+        if settings.real_labels is not None:  # refuses what does not fit, before the work
+            real_labels(settings.real_labels, source, len(names))
+        return Side(source, source.labels), matched_by
+    if not engine.several_labels:
+        raise ValueError(
+            f"{settings.data} has several labels a picture, and {settings.model} gives one; fine-tune on "
+            "pictures with several"
+        )
+    if settings.real_labels is not None:
+        raise ValueError("--real-labels is for ImageNet, whose pictures have one label each")
+    return in_order(side, tuple(engine.labels), settings.data), "name"
+
+
+def without_pictures(side: Side, labels: Sequence[str]) -> list[str]:
+    """The classes of which there is no picture."""
+    count = len(labels)
+    several = side.truth.ndim == 2
+    often = side.truth.sum(axis=0) if several else np.bincount(side.truth, minlength=count)
+    return [name for name, number in zip(labels, often.tolist(), strict=True) if not number]
+
+
+def among_present(answers: Answers) -> Answers:
+    """The answers among those classes that have pictures; all where only one has: it would be right."""
+    present = np.unique(answers.truth)
+    if not 1 < len(present) < len(answers.classes):
+        return answers
+    truth, classes = np.searchsorted(present, answers.truth), [answers.classes[i] for i in present]
+    return Answers(answers.source, truth, answers.logits[:, present], classes)
+
+
+def confusion_of(answers: Answers) -> np.ndarray:
+    """int64 (C, C): rows are classes, columns answers."""
+    return confusion_matrix(answers.logits.argmax(axis=1), answers.truth, len(answers.classes))
+
+
+def scores(answers: Answers) -> dict[str, Any]:
+    """How often the model is right, and how sure it may be."""
+    logits, labels, classes = answers.logits, answers.truth, answers.classes
+    right, right5 = top_k_right(logits, labels, 1), top_k_right(logits, labels, 5)
+    confusion = confusion_of(answers)
+    counts = confusion.sum(axis=1)
+    return {
+        "top1": float(right.mean()),
+        "top1_interval": bootstrap_interval(right),
+        "top5": float(right5.mean()),
+        "top5_interval": bootstrap_interval(right5),
+        "nll": negative_log_likelihood(logits, labels),
+        "ece": calibration(logits, labels).error,
+        "per_class": {n: float(confusion[i, i] / counts[i]) for i, n in enumerate(classes) if counts[i]},
+        "most_confused": [(classes[i], classes[j], often) for i, j, often in most_confused(confusion)],
+    }
+
+
+def scores_of_several(answers: Answers) -> dict[str, Any]:
+    """The same where each class is a question of its own; the score is finetune's."""
+    each = average_precision(answers.logits, answers.truth)
+    told = score(answers.logits, answers.truth)
+    yes = answers.logits.reshape(-1, 1)  # each answer, of two classes: no, whose logit is 0, and yes
+    answered = calibration(
+        np.concatenate([np.zeros_like(yes), yes], 1), answers.truth.ravel().astype(int)
+    )
+    return {
+        "mean_average_precision": told["accuracy"],
+        "binary_cross_entropy": told["loss"],
+        "ece": answered.error,
+        "per_class": {
+            name: float(value)
+            for name, value in zip(answers.classes, each, strict=True)
+            if not np.isnan(value)
+        },
+    }
+
+
+def curves(answers: Answers) -> dict[str, Any]:
+    """The calibration curve, and the confusion matrix where it is not too large."""
+    curve, whole = calibration(answers.logits, answers.truth), len(answers.classes) <= MANY
+    return {
+        "calibration": {key: value.tolist() for key, value in curve._asdict().items()},
+        "confusion": confusion_of(answers).tolist() if whole else None,
+    }
 
 
 def write_page(file: Path, settings: Evaluate, answers: Answers, preset: str) -> None:
@@ -154,7 +246,11 @@ def write_page(file: Path, settings: Evaluate, answers: Answers, preset: str) ->
     page = Page(f"{settings.model} on {settings.data}", "A classifier, scored by beit evaluate.")
     how_good(page, answers, f"Prepared as {preset}.")
     truth = torch.from_numpy(answers.truth)
-    review = review_labels(torch.from_numpy(answers.logits).double().softmax(dim=1), truth)
+    logits = torch.from_numpy(answers.logits).double()
+    if answers.several:
+        review = review_several(logits.sigmoid(), truth)
+    else:
+        review = review_labels(logits.softmax(dim=1), truth)
     pictures = [(answers.source, number) for number in range(len(truth))]
     suspects = suspects_of(pictures, truth, answers.classes, review)
     write_label_review(file.with_name(FILE), suspects)
@@ -162,7 +258,7 @@ def write_page(file: Path, settings: Evaluate, answers: Answers, preset: str) ->
     looked = None
     if len(truth) <= MOST_LOOKED_AT:
         looked = look(answers.source, 2)
-        same_pictures(page, same_of(answers.source, looked))
+        same_pictures(page, same_of(answers, looked))
     words = ["beit", "evaluate", str(settings.data), "-m", settings.model, "--split", settings.split]
     words += ["--preset", settings.preset] if settings.preset else []
     facts = {"pictures": len(truth), "data hash": data_hash([answers.source], looked)}
@@ -171,13 +267,15 @@ def write_page(file: Path, settings: Evaluate, answers: Answers, preset: str) ->
     print(f"the page: {file}", file=sys.stderr)
 
 
-def same_of(source: ImageSource, looked: Looked) -> list[tuple[str, list[str]]]:
+def same_of(answers: Answers, looked: Looked) -> list[tuple[str, list[str]]]:
     """Groups of pictures with equal pixels, those with two labels first."""
     groups = []
+    source = answers.source
     for group in looked.exact():
         labels = sorted({source.classes[source.labels[i]] for i in group})
-        note = f"two labels: {', '.join(labels)}; equal pixels" if len(labels) > 1 else "equal pixels"
-        groups.append((len(labels) < 2, note, [source.name(i) for i in group]))
+        two = len(labels) > 1 and not answers.several
+        note = f"two labels: {', '.join(labels)}; equal pixels" if two else "equal pixels"
+        groups.append((not two, note, [source.name(i) for i in group]))
     return [(note, names) for _, note, names in sorted(groups)]
 
 
@@ -256,6 +354,35 @@ def words(spec: ImageSpec) -> str:
         geometry = f"short side / {spec.crop_ratio:g}, centre {height} x {width}"
     mean, std = ("/".join(f"{v:g}" for v in values) for values in (spec.mean, spec.std))
     return f"{geometry}, {spec.filter}, mean {mean}, std {std}"
+
+
+def show_several(result: dict[str, Any], settings: Evaluate, answers: Answers) -> None:
+    """The same of several labels a picture."""
+    table = Table(title=f"{settings.model} on {settings.data}")
+    table.add_column("class", no_wrap=True, overflow="ellipsis")
+    table.add_column("pictures", justify="right")
+    table.add_column("average precision", justify="right")
+    counts = dict(zip(answers.classes, answers.truth.sum(axis=0).tolist(), strict=True))
+    shown = result["per_class"]
+    if len(shown) > MANY:
+        table.caption = f"the 20 worst of {len(shown)} classes; -o FILE has all"
+        shown = dict(sorted(shown.items(), key=lambda row: row[1])[:20])
+    for name, value in shown.items():
+        table.add_row(name, str(counts[name]), f"{value:.1%}")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"mean average precision {result['mean_average_precision']:.2%} on {result['pictures']} pictures, "
+        f"of {len(result['per_class'])} classes"
+    )
+    console.print(
+        f"calibration error {result['ece']:.2%} in 15 bins; {result['binary_cross_entropy']:.3f} nats an "
+        "answer"
+    )
+    console.print(
+        f"prepared as {result['preset']}: {words(ImageSpec(**result['preprocessing']))}",
+        soft_wrap=True,
+    )
 
 
 def show(

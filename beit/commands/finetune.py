@@ -427,8 +427,8 @@ def length_of(settings: Finetune, pictures: int) -> tuple[int, int]:
     warmup = round(settings.warmup_epochs * steps_per_epoch)
     if warmup >= total:
         raise ValueError(
-            f"warmup_epochs {settings.warmup_epochs:g} is {warmup:,} steps, and the run has {total:,}; give "
-            "fewer than the run's epochs, or none: then it is a fifth of the run at most"
+            f"warmup_epochs {settings.warmup_epochs:g} is {warmup:,} steps, and the run has {total:,}; "
+            "give fewer than the run's epochs, or none: then it is a fifth of the run at most"
         )
     return total, warmup
 

@@ -282,7 +282,10 @@ MISTAKES: dict[str, Mistake] = {
         lambda p: ["evaluate", EMPTY(p), "-m", p.classifier], 2, ("holds no pictures",)
     ),
     "evaluate: a picture that is none": Mistake(
-        lambda p: ["evaluate", spoilt(1)(p), "-m", p.classifier], 2, ("00.png", "not a readable picture")
+        lambda p: ["evaluate", spoilt(1)(p), "-m", p.classifier], 3, ("00.png", "1 of 12", "left out")
+    ),
+    "evaluate: more such than may be": Mistake(
+        lambda p: ["evaluate", spoilt(2)(p), "-m", p.classifier], 4, ("2 of 12", "--max-bad-images")
     ),
     "evaluate: no such preset": Mistake(
         lambda p: ["evaluate", p.shapes, "-m", p.classifier, "--preset", "keras"], 2, ("--preset", "timm")
