@@ -36,6 +36,7 @@ from beit.listing import (
     list_parquet,
     list_tars,
     list_text,
+    parts_of_csv,
 )
 from beit.workers import load_ahead as load_ahead
 from beit.workers import load_in_processes, now_doing
@@ -107,8 +108,8 @@ def open_source(location: str | Path, split: str = "train", labelled: bool = Fal
         in it; a .txt of paths or a .csv of path,label; tar shards in WebDataset's layout or Parquet in
         Hugging Face's: one file, a folder, or a pattern such as shards-{000..099}.tar or s/*.tar. Or the
         same as an fsspec address, s3://...
-    split: which sub-folder, or which shards by the beginning of their names, to take where there are
-        several.
+    split: which sub-folder, which shards by the beginning of their names, or which rows by the column
+        part, to take where there are several.
     labelled: refuse a source without labels.
     """
     place = _address(location)
@@ -123,7 +124,7 @@ def open_source(location: str | Path, split: str = "train", labelled: bool = Fal
     elif place.endswith(".txt"):
         listing = list_text(place)
     elif place.endswith(".csv"):
-        listing = list_csv(place, labelled)
+        listing = list_csv(place, labelled, split)
     else:
         raise ValueError(
             f"{place} is not a folder, a .tar, a .parquet, a .csv or a .txt; unpack what is compressed"
@@ -157,7 +158,7 @@ def find_pictures(places: list[str], command: str) -> list[ImageSource | str]:
             nothing = np.empty(0, dtype=np.int64)
             found.append(ImageSource(pictures, nothing, ()) if len(pictures) else open_source(place))
         elif place.endswith((".txt", ".csv", ".tar", ".parquet")) and not _is_pattern(place):
-            found.append(open_source(place))
+            found.append(open_source(place, ""))
         elif _is_pattern(place):
             matched = expand(place)
             if not matched:
@@ -179,6 +180,8 @@ def _is_pattern(place: str) -> bool:
 def has_split(location: str | Path, split: str) -> bool:
     """Whether a place has pictures of a split apart from those of others."""
     place = _address(location)
+    if place.endswith(".csv") and exists(place) and not is_folder(place):
+        return split in parts_of_csv(place)
     if not (exists(place) and is_folder(place)):
         return False
     if _split_folder(place, "train"):

@@ -17,9 +17,9 @@ import numpy as np
 
 from beit import distributed
 from beit.data import ImageSource, has_split, open_source
+from beit.split import SEPARATOR as SEPARATOR
 from beit.split import Divided, divide, take
 
-SEPARATOR = ";"
 MANY = 5_000  # pictures; from here on a tenth of them validates, below a fifth
 
 

@@ -415,11 +415,17 @@ def list_text(file: str) -> Listing:
     return _kept(f"text {file}", make)
 
 
-def list_csv(file: str, labelled: bool) -> Listing:
-    """A .csv with the columns path and, perhaps, label; paths begin beside it.
+def list_csv(file: str, labelled: bool, split: str = "") -> Listing:
+    """A .csv with the columns path and, perhaps, label and part; paths begin beside it.
 
-    labelled: refuse rows without a label.
+    labelled: refuse rows without a label. split: the rows to take where the column part tells train from
+        others, as finetune's split.csv has it; all where empty.
     """
+    parts = parts_of_csv(file) if split else frozenset()
+    if parts and split not in parts:
+        raise ValueError(
+            f"{file} has no row of the part {split!r}; its parts are {', '.join(sorted(parts))}"
+        )
 
     def make() -> tuple[Listing, list[str]]:
         rows = _Rows()
@@ -431,8 +437,9 @@ def list_csv(file: str, labelled: bool) -> Listing:
                 raise ValueError(f"{file} needs a first line that names its columns: path,label")
             path = columns.index("path")
             label = columns.index("label") if "label" in columns else None
+            part = columns.index("part") if parts else None
             for row in reader:
-                if not row:
+                if not row or (part is not None and row[part : part + 1] != [split]):
                     continue
                 for name, column in (("path", path), ("label", label if labelled else None)):
                     if column is not None and not "".join(row[column : column + 1]):
@@ -442,9 +449,21 @@ def list_csv(file: str, labelled: bool) -> Listing:
         return rows.listing([os.path.dirname(file)]), [file]
 
     try:
-        return _kept(f"csv {labelled} {file}", make)
+        return _kept(f"csv {labelled} {split if parts else ''} {file}", make)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error}); save it as such") from None
+
+
+def parts_of_csv(file: str) -> frozenset[str]:
+    """What the column part of a .csv says, where it tells train from others; else nothing."""
+    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", errors="replace", newline="") as stream:
+        reader = csv.reader(stream)
+        columns = next(reader, [])
+        if "part" not in columns:
+            return frozenset()
+        place = columns.index("part")
+        parts = frozenset(row[place] for row in reader if len(row) > place and row[place])
+    return parts if "train" in parts else frozenset()  # a part may be a wheel
 
 
 # --- Tar shards ----------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +24,11 @@ from beit.atomic import write_atomically
 from beit.data import Bad, ImageSource
 from beit.duplicates import SIDE, duplicates, joined, near_pairs, pixel_hash, thumbnail
 from beit.image import BadImage
+from beit.listing import is_address
 from beit.workers import load_in_processes, now_doing
 
 MOST_LOOKED_AT = 20_000  # pictures; to compare more with each other takes minutes
+SEPARATOR = ";"  # of the labels of a picture that has several
 CHUNK = 32  # pictures that a worker looks at at a time
 
 
@@ -182,12 +186,31 @@ def data_hash(sources: Sequence[ImageSource], looked: Looked | None) -> str:
     return digest.hexdigest()
 
 
-def write_split(file: Path, parts: dict[str, ImageSource]) -> None:
-    """A .csv of path, label and part, so that others can score on the same pictures."""
+def write_split(file: Path, parts: Mapping[str, tuple[ImageSource, np.ndarray]]) -> None:
+    """A .csv of path, label and part, so that others can score on the same pictures.
+
+    Paths are relative to it, so that it can be given as pictures. parts: each with the truth, int64
+    (n,), or bool (n, C) where pictures have several labels.
+    """
+    folder = os.path.realpath(file.parent)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["path", "label", "part"])
-    for part, source in parts.items():
-        for i in range(len(source)):
-            writer.writerow([source.name(i), source.classes[source.labels[i]], part])
+    for part, (source, truth) in parts.items():
+        for i, true in enumerate(truth):
+            name, numbers = source.name(i), np.flatnonzero(true) if truth.ndim == 2 else [true]
+            place = name if is_address(name) else os.path.relpath(real_place(name), folder)
+            labels = SEPARATOR.join(source.classes[number] for number in numbers)
+            writer.writerow([place, labels, part])
     write_atomically(file, text.getvalue().encode(errors="surrogateescape"))
+
+
+def real_place(name: str) -> str:
+    """One path of a picture, whichever way leads there."""
+    folder, own = os.path.split(name)
+    return name if is_address(name) else os.path.join(_real_folder(folder), own)
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)

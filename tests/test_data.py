@@ -23,6 +23,8 @@ from beit.data import (
     TooManyBadImages,
     batch_at,
     epoch_order,
+    find_pictures,
+    has_split,
     open_source,
     sample_rng,
 )
@@ -556,3 +558,18 @@ def test_an_error_that_is_not_the_pictures_fault_is_raised(
 
     with pytest.raises(ZeroDivisionError, match="ours"):
         next(loader_of(pictures, tmp_path, workers=1).batches(range(3), prepare))
+
+
+def test_a_csv_that_tells_train_from_val_gives_the_part_asked_for(tmp_path: Path) -> None:
+    rows = ["path,label,part", "a.png,cat,train", "b.png,dog,train", "c.png,cat,val"]
+    file = tmp_path / "split.csv"
+    file.write_text("\n".join(rows) + "\n")
+    assert [p.name for p in open_source(file).paths] == ["a.png", "b.png"]
+    assert [p.name for p in open_source(file, "val", labelled=True).paths] == ["c.png"]
+    assert has_split(file, "val")
+    assert not has_split(file, "test")
+    (every,) = find_pictures([str(file)], "classify")
+    assert isinstance(every, ImageSource)
+    assert len(every) == 3
+    file.write_text("path,label,part\na.png,cat,wheel\nb.png,cat,door\n")
+    assert len(open_source(file, "val")) == 2, "a column of another meaning"

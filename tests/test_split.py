@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from beit.data import open_source
-from beit.split import data_hash, divide, hold_out, look, take, write_split
+from beit.split import data_hash, divide, hold_out, look, real_place, take, write_split
 
 
 @settings(max_examples=60, deadline=None)
@@ -143,12 +143,35 @@ def test_the_hash_of_data_changes_with_a_pixel_a_name_and_a_label(tmp_path: Path
     assert len(set(seen)) == 4
 
 
-def test_the_split_is_written_with_paths_and_labels(tmp_path: Path, shapes: Path) -> None:
-    source = open_source(shapes)
-    write_split(tmp_path / "split.csv", {"train": take(source, [0, 20]), "val": take(source, [35])})
-    with (tmp_path / "split.csv").open(newline="") as stream:
+def test_the_split_is_written_with_labels_and_with_paths_that_lead_to_the_pictures(
+    tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the folder that it lies in, wherever the pictures were named from."""
+    monkeypatch.chdir(shapes.parent)
+    source = open_source(shapes.name)
+    assert not Path(source.name(0)).is_absolute()
+    train, val = take(source, [0, 20]), take(source, [35])
+    (tmp_path / "real" / "run").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "real" / "run")
+    file = tmp_path / "run" / "split.csv"
+    write_split(file, {"train": (train, train.labels), "val": (val, val.labels)})
+    with file.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["label"], row["part"]) for row in rows] == [
         ("disc", "train"), ("square", "train"), ("triangle", "val"),
     ]  # fmt: skip
-    assert rows[2]["path"] == source.name(35)
+    monkeypatch.chdir(tmp_path)
+    for part, wanted, number in (("train", train, 1), ("val", val, 0)):
+        again = open_source(file, part, labelled=True)
+        assert len(again) == len(wanted)
+        assert real_place(again.name(number)) == str(shapes.parent.resolve() / wanted.name(number))
+        expected = Image.open(shapes.parent / wanted.name(number)).convert("RGB")
+        assert np.array_equal(again.read(number), np.asarray(expected))
+
+
+def test_the_split_has_all_labels_of_a_picture(tmp_path: Path, shapes: Path) -> None:
+    some = take(open_source(shapes), [0, 20])
+    truth = np.array([[True, False, True], [False, True, False]])
+    write_split(tmp_path / "split.csv", {"train": (some, truth)})
+    lines = (tmp_path / "split.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in lines[1:]] == ["disc;triangle", "square"]

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from beit.atomic import check_place, write_atomically
 from beit.classifier_report import Answers, about, how_good, same_pictures
-from beit.data import ImageSource, SomeSkipped, TooManyBadImages, open_source
+from beit.data import ImageSource, SomeSkipped, TooManyBadImages, has_split, open_source
 from beit.engine import Engine
 from beit.graphs import is_graph
 from beit.hub import synsets
@@ -49,7 +49,7 @@ from beit.precision import Precision
 from beit.probe import review_labels, review_several
 from beit.report import Page
 from beit.run import describe_settings
-from beit.split import MOST_LOOKED_AT, Looked, data_hash, look
+from beit.split import MOST_LOOKED_AT, Looked, data_hash, look, real_place
 from beit.validation import score
 
 MANY = 50  # classes: beyond, the table shows the worst of them and the report has no whole matrix
@@ -59,12 +59,13 @@ MANY = 50  # classes: beyond, the table shows the worst of them and the report h
 @dataclass(frozen=True)
 class Evaluate:
     data: Path
-    """Folder with one sub-folder a class, or with val/ of such; or a .csv of path,label."""
+    """Folder with one sub-folder a class, or with val/ of such; or a .csv of path,label, such as the
+    split.csv of a run that held pictures out."""
     _: KW_ONLY
     model: Annotated[str, Parameter(alias="-m")]
     """Model folder or file, hub:owner/name, or a name that `beit models` lists."""
     split: str = "val"
-    """Folder of DATA to score, where it has train/ and others."""
+    """Folder of DATA to score, where it has train/ and others; of a .csv its rows of that part."""
     preset: Literal["unilm", "timm", "transformers"] | None = None
     """Prepare pictures by the rule of another code instead of the model's own."""
     real_labels: Path | None = None
@@ -97,7 +98,12 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     )
     if settings.preset is not None:
         engine.model.image_spec = preset_spec(engine.model, settings.preset)
-    side, matched_by = in_the_models_words(engine, settings)
+    opened = open_source(settings.data, settings.split, labelled=True)
+    opened_side = with_truth(opened, settings.data, engine.several_labels)
+    side, matched_by = in_the_models_words(engine, settings, opened_side)
+    known, warning = trained_on(engine, settings, opened_side.source)
+    if warning:
+        print(warning, file=sys.stderr)
     logits, bad = engine.readable_logits_of(side.source)
     for one in bad:
         print(f"{one.path}: {one.reason}", file=sys.stderr)
@@ -115,6 +121,7 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     result: dict[str, Any] = {
         **(scores_of_several(answers) if answers.several else scores(answers)),
         "pictures": len(side.source),
+        "trained_on": known,
         "bad_images": [{"path": b.path, "reason": b.reason} for b in bad],
         "classes": len(answers.classes),
         "model_classes": len(classes),
@@ -138,7 +145,8 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
         }
         write_atomically(settings.out, json.dumps(document, default=str, indent=1).encode() + b"\n")
     if settings.report is not None:
-        write_page(settings.report, settings, answers, result["preset"])
+        notes = f"{warning}. " * bool(warning) + f"Prepared as {result['preset']}."
+        write_page(settings.report, settings, answers, notes)
     if settings.json:
         print(json.dumps(result))
     elif answers.several:
@@ -152,10 +160,30 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     return result
 
 
-def in_the_models_words(engine: Engine, settings: Evaluate) -> tuple[Side, str]:
+def trained_on(engine: Engine, settings: Evaluate, source: ImageSource) -> tuple[int, str]:
+    """How many of the pictures the model has learned from, and a warning that tells what to score."""
+    run, count, apart = Path(settings.model), 0, ""
+    if (run / "split.csv").is_file():
+        split = open_source(run / "split.csv", "train")
+        learned = {real_place(split.name(i)) for i in range(len(split))}
+        count = sum(real_place(source.name(i)) in learned for i in range(len(source)))
+        again = shlex.join(["beit", "evaluate", str(run / "split.csv"), "-m", str(run)])
+        apart = f"; those that were held out: {again}"
+    elif not is_graph(settings.model):
+        same = engine.model.provenance.get("train_hash") == data_hash([source], None)
+        count = len(source) if same else 0
+        apart = "; give pictures that it has not seen"
+        if settings.split != "val" and has_split(settings.data, "val"):
+            again = shlex.join(["beit", "evaluate", str(settings.data), "-m", settings.model])
+            apart = f"; others: {again}"
+    if not count:
+        return 0, ""
+    told = f"{count} of {len(source)} pictures are those that {settings.model} was trained on"
+    return count, f"{told}, which makes the numbers too good{apart}"
+
+
+def in_the_models_words(engine: Engine, settings: Evaluate, side: Side) -> tuple[Side, str]:
     """The pictures, their labels numbered as the model's, and by what the classes were matched."""
-    opened = open_source(settings.data, settings.split, labelled=True)
-    side = with_truth(opened, settings.data, engine.several_labels)
     if side.truth.ndim == 1:
         matched_by, names = as_the_data_says(engine.labels, side.source)
         source = side.source.with_classes(names)
@@ -241,10 +269,10 @@ def curves(answers: Answers) -> dict[str, Any]:
     }
 
 
-def write_page(file: Path, settings: Evaluate, answers: Answers, preset: str) -> None:
+def write_page(file: Path, settings: Evaluate, answers: Answers, notes: str) -> None:
     """The page: what is right, what is wrong, and what is wrong with the pictures."""
     page = Page(f"{settings.model} on {settings.data}", "A classifier, scored by beit evaluate.")
-    how_good(page, answers, f"Prepared as {preset}.")
+    how_good(page, answers, notes)
     truth = torch.from_numpy(answers.truth)
     logits = torch.from_numpy(answers.logits).double()
     if answers.several:

@@ -168,7 +168,7 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
     model = starting_model(settings, start, data.classes).to(device)
     run = Run(settings.out, settings, settings.overwrite)
     if data.held_out and data.val is not None:
-        parts = {"train": data.train.source, "val": data.val.source}
+        parts = {"train": data.train, "val": data.val}
         distributed.on_main(lambda: write_split(run.out / "split.csv", parts))
 
     result: dict[str, Any] = {}
@@ -210,6 +210,7 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
         **({"batch_size": settings.batch_size} if settings.batch_size else {}),
         "seed": settings.seed,
         "data_hash": data_hash(data.everything, data.divided.looked),
+        "train_hash": data_hash([data.train.source], None),  # by which `evaluate` knows them again
     }
     distributed.on_main(lambda: save(final, run.out, provenance))
     if settings.report:

@@ -67,8 +67,11 @@ def test_val_is_scored_unless_another_split_is_named(cli: Cli, finetuned: Done, 
     one = json.loads(cli("evaluate", shapes, model=finetuned.folder, json=True)[1])
     assert one["pictures"] == 15
     assert one["top1"] == finetuned.result["val_accuracy"]
-    other = json.loads(cli("evaluate", shapes, model=finetuned.folder, split="train", json=True)[1])
-    assert other["pictures"] == 36
+    assert one["trained_on"] == 0
+    _, out, err = cli("evaluate", shapes, model=finetuned.folder, split="train", json=True)
+    assert json.loads(out)["pictures"] == json.loads(out)["trained_on"] == 36
+    assert f"36 of 36 pictures are those that {finetuned.folder} was trained on" in err
+    assert f"others: beit evaluate {shapes} -m {finetuned.folder}" in err
 
 
 def test_the_table_names_classes_counts_and_mistakes(cli: Cli, finetuned: Done, noisy: Path) -> None:

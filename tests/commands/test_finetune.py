@@ -522,6 +522,24 @@ def test_a_folder_alone_is_enough(
         parts = [row["part"] for row in csv.DictReader(stream)]
     assert (parts.count("train"), parts.count("val")) == (30, 6)
     assert "validation pictures right" in err
+    reported = json.loads((tmp_path / "my shapes.run" / "config.json").read_text())["beit"]["provenance"]
+    code, out, err = cli("evaluate", "my shapes", model="my shapes.run", json=True)
+    assert code == 0
+    assert "30 of 36 pictures are those that my shapes.run was trained on" in err
+    assert "held out: beit evaluate 'my shapes.run/split.csv' -m 'my shapes.run'" in err
+    assert json.loads(out)["trained_on"] == 30
+    code, out, err = cli("evaluate", "my shapes.run/split.csv", model="my shapes.run", json=True)
+    assert (code, err) == (0, "")
+    held_out = json.loads(out)
+    assert (held_out["trained_on"], held_out["pictures"]) == (0, 6)
+    assert held_out["top1"] == reported["val_accuracy"]
+    options = {"model": "my shapes.run", "split": "train", "json": True}
+    _, out, err = cli("evaluate", "my shapes.run/split.csv", **options)
+    assert json.loads(out)["pictures"] == 30
+    assert "30 of 30 pictures are those" in err
+    code, _, err = cli("evaluate", "my shapes.run/split.csv", model="my shapes.run", split="test")
+    assert code == 2
+    assert "no row of the part 'test'; its parts are train, val" in err
     code, out, _ = cli("classify", tmp_path / "my shapes" / "disc" / "00.png", model="my shapes.run")
     assert code == 0
 
