@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -140,7 +141,8 @@ def wrap(model: nn.Module, shard: bool = False) -> nn.Module:
     """A model whose forward and backward pass work over all processes. Make its optimiser after this.
 
     DDP: call what is returned; `model` keeps its names. shard: FSDP2; `model` itself, its parameters
-    now spread, a block at a time. Buffers that a forward pass changes are for their owner to `total`.
+    now spread, a block at a time; all at once where blocks have bias tables, as the encoder reads those
+    before it runs a block. Buffers that a forward pass changes are for their owner to `total`.
     """
     if size() == 1:
         return model
@@ -152,9 +154,10 @@ def wrap(model: nn.Module, shard: bool = False) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (size(),))
-    blocks = getattr(model, "blocks", None)
-    for block in blocks if isinstance(blocks, nn.ModuleList) else ():
-        fully_shard(block, mesh=mesh)
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for block in chain.from_iterable(stacks):  # the encoder's, and v2's extra ones
+        if not any(name.endswith("bias_table") for name, _ in block.named_parameters()):
+            fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
 

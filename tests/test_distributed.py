@@ -23,9 +23,11 @@ import torch.nn.functional as F
 from conftest import ENVIRONMENT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from beit import distributed
 from beit.atomic import CannotWrite
+from beit.commands.pretrain import MaskedLogits
 from beit.data import batch_at, sample_rng
 from beit.masking import sample_mask
 from beit.model import BeitConfig, BeitForMaskedImageModeling
@@ -49,6 +51,7 @@ class Training:
 
     out: Path
     shard: bool = False
+    compile: bool = False
     device_batch_size: int = 0
     stop_after: int = -1  # a step in which the last rank alone hears SIGTERM
     poison_after: int = -1  # a step in which the last rank alone has gradients that are not numbers
@@ -58,7 +61,10 @@ class Training:
     def go(self) -> dict[str, Tensor]:
         torch.manual_seed(0)
         model = BeitForMaskedImageModeling(CONFIG).train()
-        network = distributed.wrap(model, self.shard)
+        for block in model.blocks if self.compile else ():
+            block.compile(backend="aot_eager")  # the graphs of the default backend, not its kernels
+        network = distributed.wrap(MaskedLogits(model), self.shard)
+        self.units = [name for name, m in network.named_modules() if isinstance(m, FSDPModule)]
         optimizer = adamw(param_groups(model, 0.05), lr=0.01)
         self.ema = EMA(model, 0.9)
         run = Run(self.out, Settings())
@@ -72,7 +78,7 @@ class Training:
             loss = torch.zeros(())
             for number, part in enumerate(torch.arange(len(chosen)).tensor_split(parts), 1):
                 with distributed.gradients_sent(network, last=number == parts):
-                    logits = network(images[part], masks[part])
+                    (logits,) = network(images[part], masks[part])
                     targets = tokens[part][masks[part]]
                     part_loss = F.cross_entropy(logits, targets, reduction="sum") / count
                     part_loss.backward()
@@ -110,6 +116,7 @@ def work(folder: Path, *names: str) -> None:
         "poisoned": {"poison_after": 2},
         "sharded": {"shard": True},
         "sharded-parts": {"shard": True, "device_batch_size": 3},
+        "sharded-compiled": {"shard": True, "compile": True},
         "stopped": {"stop_after": 4},
         "sharded-stopped": {"shard": True, "stop_after": 4},
         "from-one": {"shard": True},
@@ -126,6 +133,7 @@ def work(folder: Path, *names: str) -> None:
             except Stopped as stopped:
                 told[f"{name}-code"] = stopped.exit_code
             told[name] = {"losses": training.losses, "samples": training.samples}
+            told[name] |= {"units": training.units}
         try:
             Run(folder / "file", Settings())
         except CannotWrite as error:
@@ -199,8 +207,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Together:
     with pytest.raises(Stopped):
         Training(folder / "from-one", stop_after=4).go()
     return torchrun(
-        folder, 2, "ddp", "parts", "poisoned", "sharded", "sharded-parts", "stopped",
-        "sharded-stopped", "from-one",
+        folder, 2, "ddp", "parts", "poisoned", "sharded", "sharded-parts", "sharded-compiled",
+        "stopped", "sharded-stopped", "from-one",
     )  # fmt: skip
 
 
@@ -234,8 +242,11 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("processes", "name"),
-    [("two", "ddp"), ("two", "parts"), ("two", "sharded"), ("two", "sharded-parts"), ("four", "ddp")],
-)
+    [
+        ("two", "ddp"), ("two", "parts"), ("two", "sharded"), ("two", "sharded-parts"),
+        ("two", "sharded-compiled"), ("four", "ddp"),
+    ],
+)  # fmt: skip
 def test_losses_and_weights_are_those_of_one_process(
     alone: Any, processes: str, name: str, request: pytest.FixtureRequest
 ) -> None:
@@ -278,6 +289,13 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_one_goes_on(
 def test_four_processes_stop_together(four: Together) -> None:
     assert [told["stopped-code"] for told in four.told] == [143] * 4
     assert [len(told["stopped"]["losses"]) for told in four.told] == [5] * 4
+
+
+def test_a_model_is_sharded_a_block_at_a_time(two: Together) -> None:
+    """As one unit it would be gathered whole, which is what sharding is to spare."""
+    for told in two.told:
+        assert told["ddp"]["units"] == []
+        assert told["sharded"]["units"] == ["", "model.blocks.0", "model.blocks.1"]
 
 
 def test_what_one_process_saved_goes_on_sharded_over_two(alone: Any, two: Together) -> None:

@@ -27,7 +27,7 @@ from beit.features import default_layer
 from beit.flops import peak_flops, training_flops
 from beit.handover import hand_over
 from beit.hub import is_size
-from beit.image import HALF, IMAGENET_MEAN, IMAGENET_STD, BadImage, OpenImage, unilm_spec
+from beit.image import HALF, IMAGENET_MEAN, IMAGENET_STD, BadImage, OpenImage
 from beit.masking import sample_mask, sample_random_mask
 from beit.metrics import codebook_use
 from beit.model import BeitForMaskedImageModeling, variant
@@ -94,8 +94,9 @@ class Pretrain:
     """Strength of changes in brightness, contrast and saturation; 0 turns them off."""
     token_filter: Filter = "lanczos"
     """How the tokenizer's view is resized: lanczos in v1, bicubic in v2."""
-    statistics: Literal["half", "imagenet"] = "half"
-    """Mean and deviation of the encoder's pictures: 0.5 in v1's ImageNet-22k runs, ImageNet's else."""
+    statistics: Literal["half", "imagenet"] | None = None
+    """Mean and deviation of the encoder's pictures: 0.5 in v1's ImageNet-22k runs, ImageNet's else; as the
+    model that it goes on from has them, or 0.5."""
     tokenizer_fp16: bool = False
     """DALL-E's convolutions in float16, as the published runs had them; a token in a thousand differs."""
     seed: int = 0
@@ -207,7 +208,10 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     )
     steps_per_epoch = loader.steps_per_epoch
     total = settings.steps or settings.epochs * steps_per_epoch
-    warmup = min(settings.warmup_steps or round(settings.warmup_epochs * steps_per_epoch), total // 2)
+    warmup = settings.warmup_steps or round(settings.warmup_epochs * steps_per_epoch)
+    if warmup > total // 2:
+        distributed.say(f"warm-up: {total // 2:,} steps, half of this run, instead of {warmup:,}")
+        warmup = total // 2
     batch_size = min(settings.batch_size, len(source))
     peak, peak_from = peak_flops(device, settings.precision, settings.peak_tflops)
     tell_settings(settings)
@@ -220,7 +224,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         f"{resolve_precision(settings.precision, device)}, peak {peak / 1e12:.3g} TFLOP/s ({peak_from})"
     )
     if settings.compile:
-        for block in model.blocks:
+        for block in (*model.blocks, *getattr(model, "cls_pt_layers", ())):  # v2 has more
             block.compile()
     network = distributed.wrap(MaskedLogits(model), settings.shard)
     optimizer = adamw(param_groups(model, settings.weight_decay), settings.lr, settings.betas)
@@ -335,8 +339,11 @@ def starting_model(settings: Pretrain, vocab_size: int) -> BeitForMaskedImageMod
         raise ValueError(
             f"{settings.model} takes pictures of {size}; pre-training takes squares: --img-size"
         )
-    mean, std = (HALF, HALF) if settings.statistics == "half" else (IMAGENET_MEAN, IMAGENET_STD)
-    model.image_spec = replace(unilm_spec(size[0]), mean=mean, std=std)
+    if start is not None:  # it knows pictures as it was taught
+        model.image_spec = replace(start.image_spec, size=size)
+    if settings.statistics is not None:
+        mean, std = (HALF, HALF) if settings.statistics == "half" else (IMAGENET_MEAN, IMAGENET_STD)
+        model.image_spec = replace(model.image_spec, mean=mean, std=std)
     if settings.crop_ratio is not None:
         model.image_spec = replace(model.image_spec, crop_ratio=settings.crop_ratio)
     if start is not None:
