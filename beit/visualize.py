@@ -18,6 +18,7 @@ from torch import Tensor
 GREY = 127  # what a masked patch looks like
 GREEN, RED = (5, 150, 105), (220, 38, 38)
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
+MOST_POINTS = 1000  # of a curve: twice the pixels that it is drawn on
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
@@ -54,7 +55,9 @@ def strip(rows: Sequence[Sequence[np.ndarray]], side: int = 96, gap: int = 4) ->
     )
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            tile = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+            enlarged = image.shape[0] <= side and image.shape[1] <= side  # to see single pixels
+            how = Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX
+            tile = Image.fromarray(image).resize((side, side), how)
             sheet.paste(tile, (gap + x * (side + gap), gap + y * (side + gap)))
     return sheet
 
@@ -66,10 +69,32 @@ def png_bytes(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
+def jpeg_bytes(image: Image.Image, most: int) -> bytes:
+    """An image as the content of a JPEG file of about `most` bytes or fewer, as fine as that allows."""
+    for quality in (90, 75, 50, 25, 10):
+        stream = io.BytesIO()
+        image.save(stream, format="JPEG", quality=quality, subsampling=0)  # marks keep their colour
+        if stream.tell() <= most:
+            break
+    return stream.getvalue()
+
+
 def img_tag(image: Image.Image, alt: str) -> str:
     """An image as an HTML element that carries its own data."""
-    data = base64.b64encode(png_bytes(image)).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    return data_tag(png_bytes(image), "png", alt)
+
+
+def data_tag(content: bytes, kind: str, alt: str) -> str:
+    """The content of a picture file, `kind` "png" or "jpeg", as an HTML element."""
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
+
+
+def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most so many points as a curve can show, evenly spread, the first and the last among them."""
+    if len(points) <= MOST_POINTS:
+        return points
+    return [points[i] for i in np.linspace(0, len(points) - 1, MOST_POINTS).astype(int)]
 
 
 def line_chart(
@@ -78,7 +103,7 @@ def line_chart(
     """Curves as an SVG element: {name: [(x, y), ...]}, points that are not finite left out."""
     height, left, bottom, top, right = round(width * 0.56), 60, 40, 30, 16
     clean = {
-        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+        name: thinned([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
         for name, points in lines.items()
     }
     points = [point for line in clean.values() for point in line]

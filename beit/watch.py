@@ -3,7 +3,7 @@
 Masked losses say little: 5 % of the tokens guessed may be a good end. So a run is looked at now and
 then, from before its first step to after its last. A look changes nothing of the training.
 
-    looks.json          one object a look: step, probes, effective rank
+    looks.json          one object a look that probed: step, probes, effective rank
     pictures/           one sheet a look
     report.html         all of it, with the curves of metrics.jsonl
 """
@@ -31,9 +31,11 @@ from beit.precision import Precision
 from beit.probe import fit_best_probe, fit_probe, knn_scores, stratified_fifth
 from beit.report import Page
 from beit.run import read_metrics
-from beit.visualize import img_tag, line_chart, png_bytes
+from beit.visualize import data_tag, jpeg_bytes, line_chart
 
 MOST_FOR_RANK = 256  # pictures
+MOST_SHEETS = 12  # on the page
+SHEET_BYTES = 250_000  # so that a page stays below 5 MB
 THREADS = 2  # that prepare them
 
 Look = dict[str, Any]
@@ -62,19 +64,19 @@ class Watch:
         file = self.out / "looks.json"
         self.looks = json.loads(file.read_text()) if file.exists() else []
 
-    def look(self, model: Beit, step: int) -> Look:
-        """Probe, draw, and write the page; the model is left in the mode it was in."""
+    def look(self, model: Beit, step: int, probe: bool = True) -> None:
+        """Draw, and probe unless that is left to a later look; the model stays in the mode it was in."""
         training = model.training
         self.looks = [look for look in self.looks if look["step"] < step]  # a resumed run looks again
-        look: Look = {"step": step, **self.probes(model.eval())}
-        self.looks.append(look)
-        sheet = self.draw(model)
+        if probe or not self.looks:
+            self.looks.append({"step": step, **self.probes(model.eval())})
+        sheet = self.draw(model.eval())
         model.train(training)
         if sheet is not None:
             (self.out / "pictures").mkdir(exist_ok=True)
-            write_atomically(self.out / "pictures" / f"step-{step:08d}.png", png_bytes(sheet))
+            file = self.out / "pictures" / f"step-{step:08d}.jpg"
+            write_atomically(file, jpeg_bytes(sheet, SHEET_BYTES))
         write_atomically(self.out / "looks.json", json.dumps(self.looks, indent=1).encode() + b"\n")
-        return look
 
     def probes(self, model: Beit) -> Look:
         """{"effective_rank_9": ..., "linear_9": ..., "knn_9": ...}, accuracies as shares."""
@@ -145,19 +147,19 @@ class Watch:
         page.write(self.out / "report.html")
 
     def _show_pictures(self, page: Page) -> None:
-        sheets = sorted((self.out / "pictures").glob("step-*.png"))
+        sheets = sorted((self.out / "pictures").glob("step-*.jpg"))
         if sheets:
             page.section(
                 "Guesses",
                 "From left to right: the picture; what the encoder sees; its tokens, drawn; the same with "
                 "the hidden ones as the encoder guesses them; the hidden patches, green where the very "
-                "token was guessed. Without a drawing tokenizer the middle is missing.",
+                "token was guessed. Without a drawing tokenizer the middle is missing. "
+                f"All {len(sheets)} sheets are in {self.out.name}/pictures.",
             )
-        for file in sheets[:1] + sheets[1:][-1:]:
-            with Image.open(file) as sheet:
-                page.figure(
-                    img_tag(sheet.convert("RGB"), file.stem), f"step {int(file.stem.split('-')[1]):,}"
-                )
+        for i in np.unique(np.linspace(0, len(sheets) - 1, min(MOST_SHEETS, len(sheets))).round()):
+            file = sheets[int(i)]
+            tag = data_tag(file.read_bytes(), "jpeg", file.stem)
+            page.figure(tag, f"step {int(file.stem.split('-')[1]):,}")
 
 
 CURVES = {

@@ -16,9 +16,12 @@ from PIL import Image
 from beit.visualize import (
     GREEN,
     GREY,
+    MOST_POINTS,
     RED,
+    data_tag,
     hide_patches,
     img_tag,
+    jpeg_bytes,
     line_chart,
     mark_patches,
     png_bytes,
@@ -182,3 +185,35 @@ def test_masked_patches_are_green_where_right_and_red_where_wrong() -> None:
         wanted = [int(0.4 * 255 + 0.6 * level) for level in colour]
         assert np.abs(patch.astype(int) - wanted).max() <= 1
     assert (marked[4:] == 255).all()
+
+
+# --- Small enough for a page ---------------------------------------------------------------------
+
+
+def test_a_jpeg_is_as_fine_as_its_bytes_allow() -> None:
+    noise = Image.fromarray(picture(400, 400))
+    smooth = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[:, None, None], (1, 200, 3)))
+    assert len(jpeg_bytes(noise, 60_000)) <= 60_000 < len(jpeg_bytes(noise, 10**9))
+    with Image.open(io.BytesIO(jpeg_bytes(smooth, 60_000))) as back:
+        assert np.abs(np.asarray(back).astype(int) - np.asarray(smooth)).max() <= 3
+    element = ET.fromstring(data_tag(jpeg_bytes(smooth, 60_000), "jpeg", "a") + "</img>")
+    head, data = element.attrib["src"].split(",")
+    assert head == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as back:
+        assert (back.format, back.size) == ("JPEG", (200, 200))
+
+
+def test_a_long_curve_is_drawn_by_as_many_points_as_can_be_seen() -> None:
+    line = [(float(x), math.sin(x / 9000)) for x in range(50_000)]
+    (ours,) = curves(chart({"": line}))
+    assert len(ours) == MOST_POINTS
+    (ends,) = curves(chart({"": [line[0], *line[25:49_975:50], line[-1]]}))
+    for one, other in ((ours[0], ends[0]), (ours[-1], ends[-1])):
+        assert one == pytest.approx(other, abs=0.2)
+
+
+def test_a_tile_that_is_made_smaller_is_averaged() -> None:
+    stripes = np.zeros((192, 192, 3), dtype=np.uint8)
+    stripes[::2] = 200
+    tile = np.asarray(strip([[stripes]], side=96, gap=0))
+    assert (tile == 100).all()

@@ -126,7 +126,8 @@ class Pretrain:
     probe_layers: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = ()
     """Blocks to probe, counted from 1; the paper's, 9 of 12, and the last where none is named."""
     look_epochs: NonNegativeInt = 0
-    """Epochs between looks: probe, pictures, report.html; 0 looks ten times."""
+    """Epochs between looks: pictures of the guesses, probes, report.html. 0: pictures each epoch, in a run
+    of over 100 epochs 100 times at most, and probes about ten times."""
     tensorboard: bool = False
     """Log to OUT/tensorboard too."""
     peak_tflops: NonNegativeFloat = 0.0
@@ -245,7 +246,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         lambda looked_at: draw_predictions(looked_at, tokenizer, shown) if shown else None,
         *labelled,
     )
-    every = settings.look_epochs * steps_per_epoch or max(1, total // 10)
+    draw_every, probe_every = look_steps(settings.look_epochs, steps_per_epoch, total)
     for step, batch in run.steps(
         model,
         optimizer,
@@ -260,8 +261,8 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         peak_flops=peak,
         tensorboard=settings.tensorboard,
     ):
-        if step % every == 0:
-            look(watch, run, model, step, tokenizer.vocab_size)
+        if step % draw_every == 0:
+            look(watch, run, model, step, tokenizer.vocab_size, probe=step % probe_every == 0)
         lr = cosine_schedule(step, total, warmup, settings.lr, settings.min_lr)
         set_learning_rate(optimizer, lr)
         count = distributed.mean(torch.tensor(float(batch.masks.sum()), device=device))
@@ -398,13 +399,35 @@ def probed(settings: Pretrain, depth: int) -> tuple[tuple[int, ...], list[ImageS
     return layers, [known, asked]
 
 
-def look(watch: Watch, run: Run, model: BeitForMaskedImageModeling, step: int, vocab_size: int) -> None:
+def look_steps(look_epochs: int, steps_per_epoch: int, total: int) -> tuple[int, int]:
+    """Steps from one sheet of pictures to the next, and from one probe, which takes longer, to the next.
+
+    The epochs given, or pictures each epoch but at most 100 times, and about ten probes; ten of both where
+    there are fewer epochs.
+    """
+    if look_epochs:
+        return look_epochs * steps_per_epoch, look_epochs * steps_per_epoch
+    epochs = total // steps_per_epoch
+    if epochs < 10:
+        return max(1, total // 10), max(1, total // 10)
+    draw_every = -(-epochs // 100) * steps_per_epoch
+    return draw_every, draw_every * max(1, round(total / draw_every / 10))
+
+
+def look(
+    watch: Watch,
+    run: Run,
+    model: BeitForMaskedImageModeling,
+    step: int,
+    vocab_size: int,
+    probe: bool = True,
+) -> None:
     """Look at a model, in the main process; all must call this."""
     looked_at = distributed.unsharded(model, BeitForMaskedImageModeling(model.config))
     looked_at.image_spec = model.image_spec
 
     def work() -> None:
-        watch.look(looked_at.to(model.cls_token.device), step)
+        watch.look(looked_at.to(model.cls_token.device), step, probe)
         width = model.config.embed_dim
         rows = expected_ranges(run, watch.looks, vocab_size, width)
         watch.write_page(f"Pre-training of {run.out.name}", rows, width)

@@ -82,7 +82,9 @@ def test_the_folder_is_as_documented(pretrained: Done) -> None:
         "pictures", "preprocessor_config.json", "report.html", "run.toml",
     ]  # fmt: skip
     sheets = sorted((pretrained.folder / "pictures").iterdir())
-    assert [sheet.name for sheet in sheets] == [f"step-{step:08d}.png" for step in range(0, 61, 6)]
+    assert [sheet.name for sheet in sheets] == [f"step-{step:08d}.jpg" for step in range(0, 61, 3)]
+    looks = json.loads((pretrained.folder / "looks.json").read_text())
+    assert [look["step"] for look in looks] == list(range(0, 61, 6))  # ten times
     with Image.open(sheets[-1]) as sheet:
         assert sheet.size == (5 * 100 + 4, 8 * 100 + 4)  # picture, masked, tokens, guesses, right
 
