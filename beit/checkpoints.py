@@ -611,6 +611,7 @@ TOKENIZERS: dict[str, Callable[[dict[str, Any], Iterable[str]], AnyTokenizer]] =
 }
 COUNTS = ("num_layers", "n_blk_per_group", "encoder_depth", "decoder_depth")
 MODEL_TYPES = {DiscreteVAE: "beit-discrete-vae", DalleTokenizer: "beit-dalle-dvae", VQKD: "beit-vqkd"}
+MEAN_PATCHES = "mean_patches.safetensors"  # what a VQ-KD's tokens look like, where that was counted
 
 
 def save_tokenizer(
@@ -625,8 +626,11 @@ def save_tokenizer(
         "provenance": provenance or {},
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in tokenizer.state_dict().items()}
-    weights = to_safetensors(tensors, metadata={"format": "pt"})
-    write_together(folder, {"model.safetensors": weights, "config.json": _json(config)})
+    contents = {"model.safetensors": to_safetensors(tensors, metadata={"format": "pt"})}
+    if isinstance(tokenizer, VQKD) and tokenizer.mean_patches is not None:
+        drawn = {"mean_patches": tokenizer.mean_patches.cpu().contiguous()}
+        contents[MEAN_PATCHES] = to_safetensors(drawn)
+    write_together(folder, {**contents, "config.json": _json(config)})
 
 
 def is_tokenizer(path: Path) -> bool:
@@ -664,7 +668,13 @@ def _tokenizer_folder(path: Path) -> AnyTokenizer:
     tensors, sizes = _folder_tensors(path), content["sizes"]
     if any(sizes.get(name, 0) > len(tensors) for name in COUNTS):
         raise ValueError(f"its config.json says more layers than its {len(tensors)} tensors make")
-    return _fill_tokenizer(path, lambda: TOKENIZERS[kind](sizes, tensors.keys()), tensors)
+    tokenizer = _fill_tokenizer(path, lambda: TOKENIZERS[kind](sizes, tensors.keys()), tensors)
+    if isinstance(tokenizer, VQKD) and (path / MEAN_PATCHES).is_file():
+        drawn = _safetensors(path / MEAN_PATCHES)
+        shape = torch.Size((tokenizer.vocab_size, 3, tokenizer.stride, tokenizer.stride))
+        _check_same(path / MEAN_PATCHES, {"mean_patches": shape}, drawn, "VQKD")
+        tokenizer.mean_patches = drawn["mean_patches"]
+    return tokenizer
 
 
 def _tokenizer_file(path: Path, num_heads: int | None) -> AnyTokenizer:

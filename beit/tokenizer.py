@@ -73,14 +73,30 @@ class PixelTargets(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] -> (B, h, w, 192): each patch's pixels, mean 0, variance 1."""
-        check_view(images, self.stride)
-        patches = F.pixel_unshuffle(images.float(), self.stride).permute(0, 2, 3, 1)
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        return (patches - mean) / (variance + 1e-6).sqrt()
+        patches, mean, deviation = self._patches(images)
+        return (patches - mean) / deviation
 
     def decode(self, token_ids: Tensor) -> Tensor:
         """There is no picture to give: the patches' means are gone."""
         raise ValueError("pixel targets have no tokens to draw")
+
+    @torch.no_grad()
+    def draw(self, targets: Tensor, images: Tensor) -> Tensor:
+        """Targets or guesses of them (B, h, w, 192) as pictures (B, 3, H, W) in [0, 1].
+
+        Each patch gets back the mean and the deviation that it has in `images` (B, 3, H, W), as MAE shows
+        its guesses.
+        """
+        _, mean, deviation = self._patches(images)
+        patches = targets.float() * deviation + mean
+        return F.pixel_shuffle(patches.permute(0, 3, 1, 2), self.stride).clamp(0, 1)
+
+    def _patches(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches (B, h, w, 192) of pictures (B, 3, H, W), their means and deviations (B, h, w, 1)."""
+        check_view(images, self.stride)
+        patches = F.pixel_unshuffle(images.float(), self.stride).permute(0, 2, 3, 1)
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return patches, mean, (variance + 1e-6).sqrt()
 
 
 # --- A codebook that is a moving average -----------------------------------------------------------

@@ -1,19 +1,21 @@
 """VQ-KD, the tokenizer of BEiT v2: a ViT whose patches are quantised to what a teacher would say of them.
 
 Unlike a dVAE it is not trained to give the picture back but the teacher's features (CLIP's, DINO's), so
-its tokens name things, not colours; it cannot draw. Parameter names are the published ones. The
+its tokens name things, not colours. What they look like, the mean of the patches that took each, is
+counted afterwards; without it there is nothing to draw. Parameter names are the published ones. The
 codebook is a moving average, begun by k-means on the first batch, of what all ranks give it.
 
 A teacher is any function of pictures (B, 3, H, W) in [0, 1] to features (B, L, T), one row a token.
 
 Shapes: B batch, (h, w) token grid = patch grid, L = h*w, V codes of width K, D width, T width of the
-teacher.
+teacher, p pixels of a patch each way.
 
 Peng et al.: BEiT v2, arXiv 2208.06366.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -133,6 +135,7 @@ class VQKD(nn.Module):
     def __init__(self, config: VQKDConfig) -> None:
         super().__init__()
         self.config = config
+        self.mean_patches: Tensor | None = None  # uint8 (V, 3, p, p), to draw by; no part of the weights
         on_pictures = BeitConfig(  # a plain ViT
             img_size=config.img_size,
             patch_size=config.patch_size,
@@ -177,7 +180,7 @@ class VQKD(nn.Module):
 
     @property
     def can_draw(self) -> bool:
-        return False
+        return self.mean_patches is not None
 
     def forward(self, images: Tensor, target: Tensor) -> VQKDOutput:
         """Encode, quantise, decode, compare.
@@ -215,10 +218,17 @@ class VQKD(nn.Module):
         return self.say(self.quantize.embedding.weight[token_ids])
 
     def decode(self, token_ids: Tensor) -> Tensor:
-        """There is no picture to give: these tokens stand for a teacher's features."""
-        raise ValueError(
-            "a VQ-KD tokenizer cannot draw; decode_features gives what its tokens stand for"
-        )
+        """Pictures (B, 3, H, W) in [0, 1] of token ids (B, h, w): the mean patch of each token.
+
+        Raises ValueError where nobody has counted them: these tokens stand for a teacher's features.
+        """
+        if self.mean_patches is None:
+            raise ValueError(
+                "a VQ-KD tokenizer without mean_patches cannot draw; decode_features gives what its "
+                "tokens stand for"
+            )
+        patches = self.mean_patches.to(token_ids.device)[token_ids].float() / 255  # (B, h, w, 3, p, p)
+        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def patch_pixels(images: Tensor, patch_size: int) -> Tensor:
@@ -228,6 +238,18 @@ def patch_pixels(images: Tensor, patch_size: int) -> Tensor:
     the cosine of two patches tells their colours as well as their edges.
     """
     return F.pixel_unshuffle((images.float() - 0.45) / 0.27, patch_size).flatten(2).transpose(1, 2)
+
+
+def mean_patches(sums: Tensor, counts: Tensor) -> Tensor:
+    """What tokens look like: the mean of the patches that took each, uint8 (V, 3, p, p).
+
+    sums: (V, 3 * p^2) of pixels in [0, 1]; counts: (V,). A token that none took has the mean colour of all.
+    """
+    side = math.isqrt(sums.shape[1] // 3)
+    means = (sums / counts.clamp(min=1)[:, None]).unflatten(1, (3, side, side))
+    colour = sums.sum(dim=0).view(3, -1).mean(dim=1) / counts.sum().clamp(min=1)
+    means = torch.where((counts > 0).view(-1, 1, 1, 1), means, colour.view(1, 3, 1, 1))
+    return means.mul(255).round().byte()
 
 
 def patch_tokens(vit: BeitForImageClassification, images: Tensor) -> Tensor:

@@ -153,7 +153,9 @@ class Watch:
                 "Guesses",
                 "From left to right: the picture; what the encoder sees; its tokens, drawn; the same with "
                 "the hidden ones as the encoder guesses them; the hidden patches, green where the very "
-                "token was guessed. Without a drawing tokenizer the middle is missing. "
+                "token was guessed. VQ-KD's tokens are drawn as the mean of the patches that took each; a "
+                "tokenizer that cannot draw leaves the middle out. Guessed pixels have each patch's true "
+                "mean and contrast, which are no part of what is guessed. "
                 f"All {len(sheets)} sheets are in {self.out.name}/pictures.",
             )
         for i in np.unique(np.linspace(0, len(sheets) - 1, min(MOST_SHEETS, len(sheets))).round()):

@@ -465,3 +465,16 @@ def test_pixel_targets_are_a_patchs_pixels_without_mean_and_deviation() -> None:
     assert (PixelTargets().encode(torch.full((1, 3, 8, 8), 0.3)).abs() < 1e-3).all()
     with pytest.raises(ValueError, match="no tokens to draw"):
         PixelTargets().decode(torch.zeros(1, 1, 1, dtype=torch.int64))
+
+
+def test_pixel_targets_are_drawn_with_the_mean_and_deviation_of_their_patch() -> None:
+    """True targets give the picture; a guess of nothing gives each patch's mean, one of twice the
+    contrast twice the distance from it."""
+    images = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.3
+    pixels = PixelTargets()
+    targets = pixels.encode(images)
+    torch.testing.assert_close(pixels.draw(targets, images), images, atol=1e-5, rtol=0)
+    mean = pixels.draw(torch.zeros_like(targets), images)
+    assert mean[1, :, 8:16, 16:24].unique().item() == pytest.approx(images[1, :, 8:16, 16:24].mean())
+    expected = (2 * images - mean).clamp(0, 1)
+    torch.testing.assert_close(pixels.draw(2 * targets, images), expected, atol=1e-5, rtol=0)

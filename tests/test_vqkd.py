@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ENVIRONMENT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import beit.tokenizer
 import beit.vqkd
-from beit.checkpoints import load_tokenizer, save_tokenizer
+from beit.checkpoints import CheckpointError, load_tokenizer, save_tokenizer
 from beit.tokenizer import pick_directions
-from beit.vqkd import VQKD, NormEMAVectorQuantizer, VQKDConfig, patch_pixels
+from beit.vqkd import VQKD, NormEMAVectorQuantizer, VQKDConfig, mean_patches, patch_pixels
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -72,6 +72,48 @@ def test_it_says_that_it_cannot_draw(tiny: VQKD) -> None:
     assert not tiny.can_draw
     with pytest.raises(ValueError, match="decode_features"):
         tiny.decode(torch.zeros(1, 4, 4, dtype=torch.int64))
+
+
+def test_a_token_looks_as_the_mean_of_the_patches_that_took_it() -> None:
+    """One that none took has the mean colour of all. Left is red, right is blue, above is brighter."""
+    red, blue = torch.tensor([0.8, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.4])
+    patches = torch.stack([red, red / 2, blue])[:, :, None, None].expand(3, 3, 4, 4).clone()
+    patches[2, :, :2] *= 2
+    sums = torch.zeros(3, 48).index_add_(0, torch.tensor([2, 2, 0]), patches.flatten(1))
+    seen = mean_patches(sums, torch.tensor([1.0, 0.0, 2.0]))
+    assert (seen.shape, seen.dtype) == ((3, 3, 4, 4), torch.uint8)
+    assert (seen[2] == torch.tensor([153, 0, 0], dtype=torch.uint8)[:, None, None]).all()
+    assert (seen[0, 2, :2] == 204).all()
+    assert (seen[0, 2, 2:] == 102).all()
+    assert seen[1, :, 0, 0].tolist() == [102, 0, 51]
+    assert (seen[1] == seen[1, :, :1, :1]).all()
+
+
+def test_mean_patches_are_saved_and_drawn_each_in_its_place(tiny: VQKD, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (tiny.vocab_size, 3, 8, 8)
+    tiny.mean_patches = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    save_tokenizer(tiny, tmp_path)
+    back = load_tokenizer(tmp_path)
+    assert back.can_draw
+    assert back.state_dict().keys() == VQKD(tiny.config).state_dict().keys()
+    ids = torch.randint(tiny.vocab_size, (2, 2, 3), generator=generator)
+    drawn = back.decode(ids)
+    assert drawn.shape == (2, 3, 16, 24)
+    for b, y, x in np.ndindex(2, 2, 3):
+        patch = drawn[b, :, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8] * 255
+        torch.testing.assert_close(patch, tiny.mean_patches[ids[b, y, x]].float())
+
+
+def test_a_folder_without_mean_patches_loads_and_wrong_ones_are_refused(
+    tiny: VQKD, tmp_path: Path
+) -> None:
+    save_tokenizer(tiny, tmp_path)
+    assert not (tmp_path / "mean_patches.safetensors").exists()
+    assert not load_tokenizer(tmp_path).can_draw
+    save_file({"mean_patches": torch.zeros(2, 3, 8, 8)}, tmp_path / "mean_patches.safetensors")
+    with pytest.raises(CheckpointError, match=r"mean_patches is \(2, 3, 8, 8\)"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_step_of_the_tiny_original_costs_the_same(tiny: VQKD) -> None:

@@ -487,26 +487,25 @@ def draw_predictions(
 ) -> Image.Image:
     """A sheet, a row a picture: the patch view; what is left of it; its tokens, drawn; the same with the
     masked ones as the model guesses them; which of these are right. Without the drawings for a tokenizer
-    that cannot draw."""
+    that cannot draw; pixels are guessed with each patch's mean and deviation given, none right or wrong."""
     device = model.cls_token.device
     images = normalise(to_unit(batch.patch_views, device), model.image_spec)
     masks = torch.from_numpy(batch.masks).to(device)
-    truth = tokenizer.encode(to_unit(batch.token_views, device))
-    if truth.is_floating_point():
-        sides = zip(batch.patch_views, batch.masks, strict=True)
-        return strip([[view, hide_patches(view, mask)] for view, mask in sides])
-    guessed = truth.clone()
-    guessed[masks] = model(images, masks).argmax(dim=-1)
-    right = (guessed == truth).cpu().numpy()
-    drawn = [to_bytes(tokenizer.decode(ids)) for ids in (truth, guessed)] if tokenizer.can_draw else []
-    return strip(
-        [
-            [
-                view,
-                hide_patches(view, mask),
-                *(pictures[i] for pictures in drawn),
-                mark_patches(view, mask, right[i]),
-            ]
-            for i, (view, mask) in enumerate(zip(batch.patch_views, batch.masks, strict=True))
-        ]
-    )
+    token_views = to_unit(batch.token_views, device)
+    truth = tokenizer.encode(token_views)
+    guesses, guessed = model(images, masks), truth.clone()
+    columns = [
+        batch.patch_views,
+        [hide_patches(*pair) for pair in zip(batch.patch_views, batch.masks, strict=True)],
+    ]
+    if isinstance(tokenizer, PixelTargets):
+        guessed[masks] = guesses.float()
+        columns += [list(to_bytes(tokenizer.draw(said, token_views))) for said in (truth, guessed)]
+    else:
+        guessed[masks] = guesses.argmax(dim=-1)
+        if tokenizer.can_draw:
+            columns += [list(to_bytes(tokenizer.decode(ids))) for ids in (truth, guessed)]
+        right = (guessed == truth).cpu().numpy()
+        each = zip(batch.patch_views, batch.masks, right, strict=True)
+        columns.append([mark_patches(*one) for one in each])
+    return strip(list(zip(*columns, strict=True)))

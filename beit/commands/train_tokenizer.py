@@ -33,7 +33,7 @@ from beit.report import Page
 from beit.run import Run, read_metrics, tell_settings
 from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig
 from beit.visualize import img_tag, line_chart, png_bytes, strip, to_bytes
-from beit.vqkd import VQKD, VQKDConfig, patch_pixels
+from beit.vqkd import VQKD, VQKDConfig, mean_patches, patch_pixels
 
 Teacher = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) in [0, 1] -> (B, L, T), a row a token
 
@@ -414,7 +414,7 @@ def judge(
 ) -> tuple[CodebookUse, float, list[list[np.ndarray]]]:
     """Code use and error over up to `most` whole pictures, and a sheet: originals over reconstructions.
 
-    What cannot draw is drawn: each token as the mean of the patches that took it.
+    A VQ-KD tokenizer learns here what its tokens look like: the mean of the patches that took each.
     """
     size, stride = tokenizer.config.img_size, tokenizer.stride
     spec = ImageSpec(size=(size, size), crop_ratio=1.0)
@@ -443,11 +443,8 @@ def judge(
         error += float(wrong.sum())
         shown.append((images[0], token_ids[0]))
     some = [shown[i] for i in np.linspace(0, len(shown) - 1, min(10, len(shown))).astype(int)]
-    token_ids = torch.stack([ids for _, ids in some])
-    if isinstance(tokenizer, DiscreteVAE):
-        drawn = tokenizer.decode(token_ids)
-    else:
-        mean_patch = patches / counts.clamp(min=1)[:, None]
-        drawn = F.pixel_shuffle(mean_patch[token_ids].permute(0, 3, 1, 2), stride)
+    if isinstance(tokenizer, VQKD):
+        tokenizer.mean_patches = mean_patches(patches, counts)
+    drawn = tokenizer.decode(torch.stack([ids for _, ids in some]))
     sheet = [list(to_bytes(torch.stack([image for image, _ in some]))), list(to_bytes(drawn))]
     return codebook_use(counts.cpu().numpy()), error / seen, sheet

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from beit.commands.pretrain import look_steps
+import numpy as np
+import pytest
+import torch
+from conftest import draw_shape
+
+from beit.augment import normalise, to_unit
+from beit.commands.pretrain import Batch, draw_predictions, look_steps
+from beit.model import BeitForMaskedImageModeling, variant
+from beit.tokenizer import PixelTargets
+
+from .conftest import PRETRAIN, run
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 7, 312])
@@ -31,3 +41,41 @@ def test_a_run_of_few_epochs_is_looked_at_ten_times_or_at_each_step(
 
 def test_epochs_that_are_given_hold_for_pictures_and_probes() -> None:
     assert look_steps(3, 40, 100_000) == (120, 120)
+
+
+# --- What is drawn --------------------------------------------------------------------------------
+
+
+def test_a_sheet_of_pixel_targets_shows_the_guessed_pixels_at_the_hidden_patches() -> None:
+    """Un-normalised by the patch's own mean and deviation, in NumPy here; the others are the picture's."""
+    rng = np.random.default_rng(0)
+    views = [np.asarray(draw_shape(shape, 32, rng)) for shape in ("disc", "square")]
+    masks = np.zeros((2, 4, 4), dtype=bool)
+    masks[0, 1, 2] = masks[1, 3, 0] = True
+    torch.manual_seed(0)
+    model = BeitForMaskedImageModeling(variant("beit_mini_patch8_32").for_pretraining(192)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+        images = normalise(to_unit(views, torch.device("cpu")), model.image_spec)
+        said = model(images, torch.from_numpy(masks)).numpy()
+    sheet = np.asarray(draw_predictions(model, PixelTargets(), Batch(views, views, masks)))
+    assert sheet.shape == (2 * 100 + 4, 4 * 100 + 4, 3)  # picture, masked, its pixels, the guesses
+    for row, (view, (y, x)) in enumerate(zip(views, ((1, 2), (3, 0)), strict=True)):
+        tiles = [sheet[4 + 100 * row :, 4 + 100 * column :][:96:3, :96:3] for column in range(4)]
+        np.testing.assert_array_equal(tiles[0], view)
+        np.testing.assert_array_equal(tiles[2], view)
+        at = np.s_[8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
+        patch = view[at].transpose(2, 0, 1) / 255
+        guess = said[row].reshape(3, 8, 8) * np.sqrt(patch.var(ddof=1) + 1e-6) + patch.mean()
+        shown = tiles[3][at].transpose(2, 0, 1).astype(float)
+        assert np.abs(shown - guess.clip(0, 1) * 255).max() <= 1
+        rest = view.copy()
+        rest[at] = tiles[3][at]
+        np.testing.assert_array_equal(tiles[3], rest)
+
+
+def test_pixels_are_drawn_in_each_look(shapes: Path, tmp_path: Path) -> None:
+    options = {**PRETRAIN, "steps": 2, "tokenizer": "pixels"}
+    done = run(tmp_path / "run", "pretrain", shapes / "train", **options)
+    assert len(list((done.folder / "pictures").glob("step-*.jpg"))) == 3
+    assert "Guessed pixels have" in (done.folder / "report.html").read_text()

@@ -23,6 +23,7 @@ from beit.data import open_source
 from beit.image import ImageSpec, resize_and_crop
 from beit.metrics import psnr
 from beit.tokenizer import DiscreteVAE
+from beit.visualize import to_bytes
 from beit.vqkd import VQKD, patch_pixels
 
 from .conftest import PRETRAIN, TOKENIZER, Broken, Done, Options, run, same_weights
@@ -300,10 +301,19 @@ def test_vqkd_is_shown_by_the_mean_patch_of_each_token(vqkd: Done, shapes: Path)
     assert np.abs(tile[1::3, 1::3].astype(float) - expected).max() <= 1
 
 
-def test_pretraining_takes_a_vqkd_tokenizer(vqkd: Done, shapes: Path, tmp_path: Path) -> None:
+def test_pretraining_takes_a_vqkd_tokenizer_and_draws_its_mean_patches(
+    vqkd: Done, shapes: Path, tmp_path: Path
+) -> None:
+    model = load_tokenizer(vqkd.folder)
+    assert model.can_draw
+    (tile,) = to_bytes(model.decode(model.encode(pictures(shapes)[:1])))
+    with Image.open(vqkd.folder / "reconstructions.png") as sheet:
+        np.testing.assert_array_equal(np.asarray(sheet)[104:200, 4:100][1::3, 1::3], tile)
     options = {**PRETRAIN, "steps": 2}
     done = run(tmp_path / "run", "pretrain", shapes / "train", tokenizer=vqkd.folder, **options)
     assert done.weights["lm_head.weight"].shape[0] == 32
+    with Image.open(done.folder / "pictures" / "step-00000002.jpg") as sheet:
+        assert sheet.size == (5 * 100 + 4, 8 * 100 + 4)  # picture, masked, tokens, guesses, right
 
 
 def test_a_trained_model_may_be_the_teacher(shapes: Path, pretrained: Done, tmp_path: Path) -> None:
