@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from beit import distributed
 from beit.atomic import write_atomically
-from beit.data import ImageSource
+from beit.data import ImageSource, has_split, open_source
 from beit.frozen import features_of
 from beit.metrics import effective_rank
 from beit.model import Beit
@@ -31,12 +32,13 @@ from beit.precision import Precision
 from beit.probe import fit_best_probe, fit_probe, knn_scores, stratified_fifth
 from beit.report import Page
 from beit.run import read_metrics
+from beit.split import take
 from beit.visualize import data_tag, jpeg_bytes, line_chart
 
 MOST_FOR_RANK = 256  # pictures
+MOST_KNOWN, MOST_ASKED = 10_000, 5_000  # labelled pictures that probes are fitted to, and scored on
 MOST_SHEETS = 12  # on the page
 SHEET_BYTES = 250_000  # so that a page stays below 5 MB
-THREADS = 2  # that prepare them
 
 Look = dict[str, Any]
 
@@ -48,6 +50,7 @@ class Watch:
     train, test: labelled pictures to probe with; without them there is the rank alone.
     unlabelled: pictures for the rank where there are no labelled ones.
     layers: blocks whose features are probed, counted from 1: what a head on them would get.
+    workers: threads that prepare the pictures.
     draw: model -> a sheet of pictures, or None.
     """
 
@@ -55,6 +58,7 @@ class Watch:
     unlabelled: ImageSource
     layers: Sequence[int]
     precision: Precision
+    workers: int
     draw: Callable[[Any], Image.Image | None]
     train: ImageSource | None = None
     test: ImageSource | None = None
@@ -82,24 +86,25 @@ class Watch:
         """{"effective_rank_9": ..., "linear_9": ..., "knn_9": ...}, accuracies as shares."""
         layers = list(self.layers)
         if self.train is None or self.test is None:
-            some = min(MOST_FOR_RANK, len(self.unlabelled))
-            spread = np.linspace(0, len(self.unlabelled) - 1, some).astype(int)
-            seen = features_of(model, self.unlabelled, layers, self.precision, THREADS, spread)
+            some = spread(len(self.unlabelled), MOST_FOR_RANK)
+            seen = features_of(model, self.unlabelled, layers, self.precision, self.workers, some)
             return {f"effective_rank_{i}": effective_rank(x.numpy()) for i, x in seen.layers.items()}
-        known = features_of(model, self.train, layers, self.precision, THREADS)
-        asked = features_of(model, self.test, layers, self.precision, THREADS)
-        y = torch.from_numpy(self.train.labels[known.kept])
-        truth = torch.from_numpy(self.test.labels[asked.kept])
-        fifth = stratified_fifth(y.numpy(), seed=0)  # chooses the penalty
+        known = features_of(model, self.train, layers, self.precision, self.workers)
+        asked = features_of(model, self.test, layers, self.precision, self.workers)
+        device = model.cls_token.device if model.cls_token.is_cuda else torch.device("cpu")
+        y = torch.from_numpy(self.train.labels[known.kept]).to(device)
+        truth = torch.from_numpy(self.test.labels[asked.kept]).to(device)
+        fifth = stratified_fifth(y.cpu().numpy(), seed=0).to(device)  # chooses the penalty
+        some = spread(len(truth), MOST_FOR_RANK)
         classes, look = len(self.train.classes), {}
         for i in layers:
-            x, new = known.layers[i], asked.layers[i]
+            x, new = known.layers[i].to(device), asked.layers[i].to(device)
             chosen, _ = fit_best_probe((x[~fifth], y[~fifth]), (x[fifth], y[fifth]), classes)
             line = fit_probe(x, y, classes, chosen.penalty * len(y) / max(int((~fifth).sum()), 1))
             near = knn_scores((x, y), new, classes).argmax(dim=1)
             look[f"linear_{i}"] = line.accuracy(new, truth)
             look[f"knn_{i}"] = float((near == truth).double().mean())
-            look[f"effective_rank_{i}"] = effective_rank(new[:MOST_FOR_RANK].numpy())
+            look[f"effective_rank_{i}"] = effective_rank(asked.layers[i][some].numpy())
         return look
 
     def write_page(self, title: str, expected: Sequence[tuple[str, str, str]], tensors: int) -> None:
@@ -158,8 +163,8 @@ class Watch:
                 "mean and contrast, which are no part of what is guessed. "
                 f"All {len(sheets)} sheets are in {self.out.name}/pictures.",
             )
-        for i in np.unique(np.linspace(0, len(sheets) - 1, min(MOST_SHEETS, len(sheets))).round()):
-            file = sheets[int(i)]
+        for i in spread(len(sheets), MOST_SHEETS):
+            file = sheets[i]
             tag = data_tag(file.read_bytes(), "jpeg", file.stem)
             page.figure(tag, f"step {int(file.stem.split('-')[1]):,}")
 
@@ -172,6 +177,48 @@ CURVES = {
     "lr": "learning rate",
     "images_per_second": "pictures a second",
 }
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """At most so many of the numbers below `count`, evenly spread, the first and the last among them."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
+
+
+def share_of_each(labels: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """The numbers of `most` pictures of those with these labels (n,), of each class its share."""
+    order = np.random.default_rng([seed, 5]).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    return np.sort(by_class[spread(len(labels), most)])
+
+
+def probe_pictures(place: Path, seed: int) -> tuple[ImageSource, ImageSource]:
+    """Labelled pictures to fit probes to, and others to score them on; says how many.
+
+    Those of train and val, or a fifth of each class held out where there is no val. Of large sets 10,000
+    and 5,000: all processes wait for a look.
+    """
+    known = open_source(place, "train", labelled=True)
+    asked, how = known, ""
+    if has_split(place, "val"):
+        asked = open_source(place, "val", labelled=True).with_classes(known.classes)
+    else:
+        fifth = stratified_fifth(known.labels, seed).numpy()
+        asked, known = take(known, np.flatnonzero(fifth)), take(known, np.flatnonzero(~fifth))
+        how = ", a fifth held out, as there is no val"
+    if len(known) < 2 or len(np.unique(known.labels)) < 2:
+        raise ValueError(
+            f"--probe-data {place} has {len(known)} labelled pictures to learn from, of "
+            f"{len(np.unique(known.labels))} classes; a probe tells two classes or more apart"
+        )
+    told = [f"{len(known):,}", f"{len(asked):,}"]
+    if len(known) > MOST_KNOWN:
+        known = take(known, share_of_each(known.labels, MOST_KNOWN, seed))
+        told[0] = f"{MOST_KNOWN:,} of {told[0]}"
+    if len(asked) > MOST_ASKED:
+        asked = take(asked, share_of_each(asked.labels, MOST_ASKED, seed))
+        told[1] = f"{MOST_ASKED:,} of {told[1]}"
+    distributed.say(f"probes: fitted to {told[0]} pictures of {place}, scored on {told[1]} others{how}")
+    return known, asked
 
 
 def points(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+import beit.watch
 from beit.data import open_source
 from beit.model import Beit, BeitConfig
-from beit.watch import MOST_SHEETS, Watch
+from beit.watch import MOST_SHEETS, Watch, probe_pictures, share_of_each
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def watch(out: Path, shapes: Path, **others: Any) -> Watch:
 
     out.mkdir(exist_ok=True)
     (out / "run.toml").write_text("seed = 0\n")
-    return Watch(out, open_source(shapes), (1, 2), "fp32", draw, **others)
+    return Watch(out, open_source(shapes), (1, 2), "fp32", 1, draw, **others)
 
 
 def test_a_page_shows_a_dozen_sheets_evenly_spread_and_stays_below_5_mb(
@@ -75,3 +76,107 @@ def test_a_run_that_goes_on_forgets_later_looks(shapes: Path, tmp_path: Path, mo
     again = watch(tmp_path / "run", shapes)
     again.look(model, 6, probe=False)
     assert [look["step"] for look in again.looks] == [0, 4]
+
+
+# --- Labelled pictures to probe with --------------------------------------------------------------
+
+
+def names(source: Any) -> set[str]:
+    return {source.name(i) for i in range(len(source))}
+
+
+def test_train_and_val_are_taken_as_they_are(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known, asked = probe_pictures(shapes, seed=0)
+    assert names(known) == {str(file) for file in (shapes / "train").rglob("*.png")}
+    assert names(asked) == {str(file) for file in (shapes / "val").rglob("*.png")}
+    assert capsys.readouterr().err == f"probes: fitted to 36 pictures of {shapes}, scored on 15 others\n"
+
+
+def test_a_fifth_of_each_class_is_held_out_where_there_is_no_val(
+    shapes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known, asked = probe_pictures(shapes / "train", seed=0)
+    assert names(known) | names(asked) == {str(file) for file in (shapes / "train").rglob("*.png")}
+    assert not names(known) & names(asked)
+    assert np.bincount(asked.labels).tolist() == [2, 2, 2]  # of 12
+    assert "a fifth held out, as there is no val" in capsys.readouterr().err
+    assert names(probe_pictures(shapes / "train", seed=0)[1]) == names(asked)
+    assert names(probe_pictures(shapes / "train", seed=1)[1]) != names(asked)
+
+
+def test_a_train_folder_alone_and_a_list_do_as_well(shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train").symlink_to(shapes / "train")
+    rows = [f"{file},{file.parent.name}" for file in sorted((shapes / "val").rglob("*.png"))]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    for place, known, asked in ((tmp_path / "set", 30, 6), (tmp_path / "list.csv", 12, 3)):
+        assert [len(source) for source in probe_pictures(place, seed=0)] == [known, asked]
+
+
+def test_large_sets_are_probed_in_part_each_class_with_its_share(
+    shapes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(beit.watch, "MOST_KNOWN", 9)
+    monkeypatch.setattr(beit.watch, "MOST_ASKED", 6)
+    known, asked = probe_pictures(shapes, seed=0)
+    assert np.bincount(known.labels).tolist() == [3, 3, 3]
+    assert np.bincount(asked.labels).tolist() == [2, 2, 2]
+    assert "fitted to 9 of 36 pictures" in capsys.readouterr().err
+    for source in (known, asked):  # labels still belong to their pictures
+        for i in range(len(source)):
+            assert Path(source.name(i)).parent.name == source.classes[source.labels[i]]
+
+
+@pytest.mark.parametrize("most", [7, 100, 1999, 2000])
+def test_shares_differ_by_less_than_a_picture(most: int) -> None:
+    labels = np.random.default_rng(0).choice(5, 2000, p=[0.5, 0.25, 0.15, 0.09, 0.01])
+    chosen = share_of_each(labels, most, seed=3)
+    assert len(set(chosen.tolist())) == most
+    expected = np.bincount(labels) * most / 2000
+    assert np.abs(np.bincount(labels[chosen], minlength=5) - expected).max() < 1.01
+    np.testing.assert_array_equal(chosen, share_of_each(labels, most, seed=3))
+    assert most == 2000 or (chosen != share_of_each(labels, most, seed=4)).any()
+
+
+def test_what_tells_no_classes_apart_is_refused(shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "disc").mkdir()
+    (tmp_path / "disc" / "0.png").symlink_to(shapes / "val" / "disc" / "00.png")
+    with pytest.raises(ValueError, match="has 0 labelled pictures to learn from, of 0 classes"):
+        probe_pictures(tmp_path, seed=0)
+    (tmp_path / "all" / "disc").mkdir(parents=True)
+    for number in range(4):
+        place = tmp_path / "all" / "disc" / f"{number}.png"
+        place.symlink_to(shapes / "val" / "disc" / f"{number:02d}.png")
+    with pytest.raises(ValueError, match="a probe tells two classes or more apart"):
+        probe_pictures(tmp_path / "all", seed=0)
+
+
+def test_a_set_of_four_pictures_is_probed(shapes: Path, tmp_path: Path, model: Beit) -> None:
+    for shape in ("disc", "square"):
+        (tmp_path / "set" / shape).mkdir(parents=True)
+        for number in range(2):
+            place = tmp_path / "set" / shape / f"{number}.png"
+            place.symlink_to(shapes / "val" / shape / f"{number:02d}.png")
+    known, asked = probe_pictures(tmp_path / "set", seed=0)
+    looks = watch(tmp_path / "run", shapes, train=known, test=asked)
+    looks.look(model, 0)
+    assert looks.looks[0].keys() > {"linear_1", "knn_2", "effective_rank_2"}
+
+
+def test_the_rank_is_that_of_pictures_spread_over_the_classes(
+    shapes: Path, tmp_path: Path, model: Beit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation pictures stand class by class: the first 256 of Imagenette's are of one."""
+    monkeypatch.setattr(beit.watch, "MOST_FOR_RANK", 3)
+    ranked = []
+
+    def noted(features: np.ndarray) -> float:
+        ranked.append(features)
+        return 1.0
+
+    monkeypatch.setattr(beit.watch, "effective_rank", noted)
+    known, asked = probe_pictures(shapes, seed=0)
+    watch(tmp_path / "run", shapes, train=known, test=asked).look(model, 0)
+    all_features = beit.watch.features_of(model, asked, [1], "fp32", 1).layers[1].numpy()
+    np.testing.assert_array_equal(ranked[0], all_features[[0, 7, 14]])
+    assert asked.labels[[0, 7, 14]].tolist() == [0, 1, 2]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import draw_shape
 
+import beit.frozen
 from beit.augment import normalise, to_unit
 from beit.commands.pretrain import Batch, draw_predictions, look_steps
 from beit.model import BeitForMaskedImageModeling, variant
@@ -79,3 +82,23 @@ def test_pixels_are_drawn_in_each_look(shapes: Path, tmp_path: Path) -> None:
     done = run(tmp_path / "run", "pretrain", shapes / "train", **options)
     assert len(list((done.folder / "pictures").glob("step-*.jpg"))) == 3
     assert "Guessed pixels have" in (done.folder / "report.html").read_text()
+
+
+def test_probe_data_without_val_is_probed_with_the_runs_workers_and_said_once(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared_by = []
+    load_ahead = beit.frozen.load_ahead
+
+    def noted(make: Any, steps: range, workers: int) -> Any:
+        prepared_by.append(workers)
+        return load_ahead(make, steps, workers)
+
+    monkeypatch.setattr(beit.frozen, "load_ahead", noted)
+    options = {**PRETRAIN, "steps": 2, "tokenizer": "pixels", "workers": 3}
+    done = run(tmp_path / "run", "pretrain", shapes / "train", **options, probe_data=shapes / "train")
+    assert set(prepared_by) == {3}
+    assert done.said.count("fitted to 30 pictures") == 1
+    looks = json.loads((done.folder / "looks.json").read_text())
+    assert [look["step"] for look in looks] == [0, 1, 2]
+    assert "6 labelled pictures named right" in (done.folder / "report.html").read_text()
