@@ -32,7 +32,7 @@ class Classify:
     model: Annotated[str, Parameter(alias="-m")]
     """Model folder or file, hub:owner/name, a name that `beit models` lists, or a file of `beit export`."""
     top: PositiveInt = 5
-    """Classes to name for each picture."""
+    """Classes to name for each picture. A .csv has the second in label_2 and score_2, and so on."""
     out: Annotated[Path | None, Parameter(alias="-o")] = None
     """Write to this .csv, .jsonl or .parquet instead."""
     json: bool = False
@@ -80,7 +80,8 @@ def classify(settings: Classify) -> None:
         print(f"{engine.runtime} {engine.precision}: {engine.why}", file=sys.stderr)
     answers = engine.classify(each_picture(places), settings.top)
     if out is not None:
-        with WRITERS[out.suffix](out) as write:
+        width = min(settings.top, len(engine.labels))
+        with WRITERS[out.suffix](out, width) as write:
             done, failed = write_all(answers, write)
         print(f"{done} pictures classified into {out}", file=sys.stderr)
     elif settings.json:
@@ -167,23 +168,29 @@ def write_table(answers: Iterator[Prediction]) -> tuple[int, int]:
 
 
 @contextmanager
-def csv_writer(file: Path) -> Iterator[Write]:
-    """path, label, score, error; in the order of the pictures."""
+def csv_writer(file: Path, width: int) -> Iterator[Write]:
+    """path, label, score, error, then label_2, score_2 ... to `width`; in the order of the pictures."""
     with replacing(file) as beside, beside.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["path", "label", "score", "error"])
-        yield lambda a: writer.writerow([a.path, a.label, a.score, a.error])
+        others = [f"{word}_{place}" for place in range(2, width + 1) for word in ("label", "score")]
+        writer.writerow(["path", "label", "score", "error", *others])
+
+        def write(answer: Prediction) -> None:
+            rest = [value for pair in answer.top[1:] for value in pair] or [""] * len(others)
+            writer.writerow([answer.path, answer.label, answer.score, answer.error, *rest])
+
+        yield write
 
 
 @contextmanager
-def jsonl_writer(file: Path) -> Iterator[Write]:
+def jsonl_writer(file: Path, width: int) -> Iterator[Write]:
     """What --json prints."""
     with replacing(file) as beside, beside.open("w", encoding="utf-8") as stream:
         yield lambda answer: print_json(answer, stream)
 
 
 @contextmanager
-def parquet_writer(file: Path) -> Iterator[Write]:
+def parquet_writer(file: Path, width: int) -> Iterator[Write]:
     """path, label, score, error, and the lists top_labels and top_scores."""
     import pyarrow as pa
     from pyarrow import parquet

@@ -8,12 +8,14 @@ import json
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ENVIRONMENT, Cli
 
+from beit.checkpoints import load_model, save
 from beit.commands.classify import write_table
 from beit.engine import Engine, Prediction
 
@@ -88,12 +90,36 @@ def test_csv_has_a_row_a_picture_in_their_order(
     assert f"5 pictures classified into {tmp_path / 'answers.csv'}" in err
     with (tmp_path / "answers.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert list(rows[0]) == ["path", "label", "score", "error"]
+    others = ["label_2", "score_2", "label_3", "score_3"]  # of three classes
+    assert list(rows[0]) == ["path", "label", "score", "error", *others]
     for row, answer in zip(rows, expected(finetuned, photos), strict=True):
         assert row["path"] == answer.path
         assert row["label"] == (answer.label or "")
         assert row["error"] == (answer.error or "")
         assert (float(row["score"]) if row["score"] else None) == pytest.approx(answer.score)
+        rest = [row[column] for column in others]
+        assert rest[::2] == ([name for name, _ in answer.top[1:]] or ["", ""])
+        scores = [float(score) if score else None for score in rest[1::2]]
+        assert scores == pytest.approx([score for _, score in answer.top[1:]] or [None, None])
+
+
+def test_csv_names_as_many_classes_as_top_says(
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path
+) -> None:
+    """Of a model whose pictures may have several labels too, each class with its own probability."""
+    model = load_model(finetuned.folder)
+    model.config = replace(model.config, several_labels=True)
+    save(model, tmp_path / "several")
+    for place in (finetuned.folder, tmp_path / "several"):
+        words = {"model": place, "out": tmp_path / "a.csv"}
+        assert cli("classify", photos / "1.png", **words, top=1)[0] == 0
+        assert (tmp_path / "a.csv").read_text().splitlines()[0] == "path,label,score,error"
+        assert cli("classify", photos / "1.png", **words, top=2)[0] == 0
+        with (tmp_path / "a.csv").open(newline="") as stream:
+            (row,) = csv.DictReader(stream)
+        ((_, first), (name, second)) = next(Engine(place).classify(photos / "1.png", 2)).top
+        assert (float(row["score"]), row["label_2"]) == (pytest.approx(first), name)
+        assert float(row["score_2"]) == pytest.approx(second)
 
 
 def test_jsonl_file_has_the_lines_that_json_prints(
