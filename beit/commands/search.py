@@ -33,7 +33,8 @@ GREY = (200, 200, 200)  # what a picture that is gone looks like
 @dataclass(frozen=True)
 class Search:
     folder: Path
-    """What `beit embed` wrote."""
+    """What `beit embed` wrote. Every vector is compared, exactly; there is no index such as faiss:
+    its own exact one is slower for a command that answers once (docs/log.md)."""
     images: Annotated[list[str], Parameter(consume_multiple=True, allow_leading_hyphen=True)]
     """Pictures to find the like of; all that `beit embed` takes, or - for a list on stdin."""
     _: KW_ONLY
