@@ -247,7 +247,7 @@ def write_page(
         f"hidden tokens as the encoder guesses them ({result['token_accuracy']:.0%} of them exactly); "
         "which of them, in green.",
     )
-    *_, last = sorted((out / "pretrained" / "pictures").glob("step-*.png"))
+    *_, last = sorted((out / "pretrained" / "pictures").glob("step-*.jpg"))
     page.figure(picture(last, "masked predictions"), "")
     steps = {name: read_metrics(out / name / "metrics.jsonl") for name in ("tokenizer", "pretrained")}
     page.charts(

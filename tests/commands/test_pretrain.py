@@ -17,7 +17,7 @@ from PIL import Image
 import beit.commands.pretrain
 import beit.model
 from beit.checkpoints import load
-from beit.image import IMAGENET_MEAN
+from beit.image import HALF, IMAGENET_MEAN
 from beit.model import VARIANTS, BeitForMaskedImageModeling
 from beit.tokenizer import DiscreteVAE
 
@@ -266,11 +266,39 @@ def test_pretraining_goes_on_from_a_trained_model_at_another_size(
     assert load(larger.folder).config.img_size == 48
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it, whatever the tensor
+def test_compiled_blocks_train_the_same_and_are_all_compiled(
+    shapes: Path, tmp_path: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mini = beit.model.VARIANTS["beit_mini_patch8_32"]
+    monkeypatch.setitem(beit.model.VARIANTS, "v2", dataclasses.replace(mini, early_layer=3))
+    compiled = []
+
+    def graphs_alone(module: torch.nn.Module) -> None:
+        """The default backend's graphs, without its kernels, which take a minute to build."""
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", graphs_alone)
+    options = {**short, "model": "v2", "steps": 2, "precision": "fp32"}
+    plain = run(tmp_path / "1", "pretrain", shapes / "train", **options)
+    assert not compiled
+    done = run(tmp_path / "2", "pretrain", shapes / "train", **options, compile=True)
+    assert len(compiled) == mini.depth + 2
+    for name, tensor in plain.weights.items():
+        torch.testing.assert_close(done.weights[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+
+
 def test_statistics_travel_with_the_model(shapes: Path, tmp_path: Path, short: dict[str, Any]) -> None:
     done = run(
         tmp_path / "1", "pretrain", shapes / "train", **{**short, "steps": 1}, statistics="imagenet"
     )
     assert load(done.folder).image_spec.mean == IMAGENET_MEAN
+    options = {**short, "model": done.folder, "steps": 1}
+    later = run(tmp_path / "2", "pretrain", shapes / "train", **options)
+    assert load(later.folder).image_spec == load(done.folder).image_spec
+    other = run(tmp_path / "3", "pretrain", shapes / "train", **options, statistics="half")
+    assert load(other.folder).image_spec.mean == HALF
 
 
 @pytest.mark.parametrize(
