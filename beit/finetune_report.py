@@ -25,7 +25,7 @@ from beit.frozen import FrozenClassifier
 from beit.hub import is_size
 from beit.image import BadImage, ImageSpec
 from beit.label_review import review
-from beit.labelled import Labelled, Side
+from beit.labelled import NOT_LOOKED_FOR, Labelled, Side
 from beit.model import BeitForImageClassification
 from beit.report import Page
 from beit.run import Run
@@ -55,11 +55,12 @@ def write_report(
     workers, seed = settings["workers"], settings["seed"]
     fresh = is_size(settings["model"])
     review(page, run.out, data, final, frozen, fresh, settings["precision"], workers, seed)
-    if data.divided.looked is not None:
-        twins = data.twins()
-        same_pictures(page, twins, f"{SAME} has all")
-        if twins:
-            write_same_pictures(run.out / SAME, twins)
+    twins = data.twins()
+    same_pictures(page, twins, f"{SAME} has all")
+    if data.divided.looked is None:
+        page.note(f"Files with equal bytes were compared; {NOT_LOOKED_FOR}.")
+    if twins:
+        write_same_pictures(run.out / SAME, twins)
     kept = provenance.get("best_step") if frozen is None or final is not frozen.model else None
     curves(page, run.read_metrics(), read_lines(run.out), kept, data.several)
     if view is not None:

@@ -17,9 +17,10 @@ import numpy as np
 
 from beit import distributed
 from beit.data import ImageSource, has_split, open_source
+from beit.split import MOST_LOOKED_AT, Divided, divide, take
 from beit.split import SEPARATOR as SEPARATOR
-from beit.split import Divided, divide, take
 
+NOT_LOOKED_FOR = f"nearly equal pictures are not looked for among more than {MOST_LOOKED_AT:,}"
 MANY = 5_000  # pictures; from here on a tenth of them validates, below a fifth
 
 
@@ -63,9 +64,10 @@ class Labelled(NamedTuple):
         said = []
         if self.held_out and self.val is not None:
             count = len(self.val.source)
+            copies = "duplicates" if self.divided.looked else f"equal files ({NOT_LOOKED_FOR})"
             said.append(
                 f"{count:,} of {len(self.train.source) + count:,} pictures are held out to validate on, "
-                "of each class its share, duplicates together; split.csv names them"
+                f"of each class its share, {copies} together; split.csv names them"
             )
         for rare, number, meant in self._misspelt():
             pictures = "1 picture" if number == 1 else f"{number} pictures"

@@ -77,6 +77,28 @@ def look_at(source: ImageSource, index: int) -> tuple[bytes, np.ndarray, tuple[i
         return name.encode(errors="replace"), blank, (0, 0), Bad(index, name, error.code, error.reason)
 
 
+def file_hashes(source: ImageSource, workers: int) -> list[bytes]:
+    """What each file is known by: its bytes; the name of one that cannot be read. Nothing is decoded."""
+    chunks = range(-(-len(source) // CHUNK))
+
+    def some(chunk: int) -> list[bytes]:
+        return [hash_of(i) for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(source)))]
+
+    def hash_of(index: int) -> bytes:
+        now_doing(source.name(index))
+        try:
+            return hashlib.blake2b(source.paths.content(index), digest_size=16).digest()
+        except BadImage:
+            return source.name(index).encode(errors="replace")
+
+    return [one for part in load_in_processes(some, chunks, workers) for one in part]
+
+
+def unreadable_of(source: ImageSource, workers: int) -> list[Bad]:
+    """The pictures of a source that cannot be read."""
+    return look(source, workers).bad if len(source) else []
+
+
 def both(one: Looked, other: Looked) -> Looked:
     """Two sources as if they were one, the first one's pictures before the other's."""
     moved = [bad._replace(sample=bad.sample + len(one.hashes)) for bad in other.bad]
@@ -112,7 +134,8 @@ def divide(
 ) -> Divided:
     """Pictures to train on, and to validate on: those of `val`, else a share of each class.
 
-    Duplicates are looked for among up to 20,000 pictures.
+    Among up to 20,000 pictures each is decoded, and copies are found by pixels and thumbnails. Among more
+    files with equal bytes are copies, and only what is to validate on is decoded.
     """
     count, more = len(source), 0 if val is None else len(val)
     everything = np.arange(count + more)
@@ -120,17 +143,26 @@ def divide(
     if count + more <= MOST_LOOKED_AT:
         looked = look(source, workers)
         looked = looked if val is None else both(looked, look(val, workers))
-    groups, exact, near = everything, [], []
-    if looked is not None:
         exact = looked.exact()
-        groups = joined(len(groups), [*exact, *looked.near()])
-        _, number, counts = np.unique(groups, return_inverse=True, return_counts=True)
-        near = [np.flatnonzero(number == one).tolist() for one in np.flatnonzero(counts > 1)]
+        groups = joined(len(everything), [*exact, *looked.near()])
+    else:
+        hashes = [h for one in (source, val) if one is not None for h in file_hashes(one, workers)]
+        exact = duplicates(hashes)
+        groups = joined(len(everything), exact)
+    _, number, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.argsort(number, kind="stable")
+    members = np.split(order, np.cumsum(counts)[:-1])
+    near = [group.tolist() for group in members if len(group) > 1]
     held_out = np.zeros(count + more, dtype=bool)
     held_out[count:] = True
     if val is None and share:
         held_out = hold_out(source.labels, groups, share, seed)
-    bad = looked.bad if looked else []
+    if looked is not None:
+        bad = looked.bad
+    else:
+        places = np.flatnonzero(held_out)
+        judged = val if val is not None else take(source, places)
+        bad = [b._replace(sample=int(places[b.sample])) for b in unreadable_of(judged, workers)]
     unreadable = np.isin(everything, [b.sample for b in bad])
     to_train = everything[~held_out | (unreadable & (everything < count))]
     return Divided(to_train, everything[held_out & ~unreadable], exact, near, bad, looked)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import beit.split
 from beit.data import open_source
 from beit.split import data_hash, divide, hold_out, look, real_place, take, write_split
 
@@ -175,3 +176,27 @@ def test_the_split_has_all_labels_of_a_picture(tmp_path: Path, shapes: Path) -> 
     write_split(tmp_path / "split.csv", {"train": (some, truth)})
     lines = (tmp_path / "split.csv").read_text().splitlines()
     assert [line.split(",")[1] for line in lines[1:]] == ["disc;triangle", "square"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_among_too_many_pictures_equal_files_stay_together_and_what_validates_can_be_read(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(beit.split, "MOST_LOOKED_AT", 10)
+    source = open_source(planted)
+    divided = divide(source, None, 0.25, 0, workers)
+    names = [[Path(source.name(i)).stem for i in group] for group in divided.exact]
+    assert sorted(map(sorted, names)) == [["00", "copy-0"], ["01", "copy-1"], ["01", "wrong"],
+                                          ["02", "copy-2"], ["03", "copy-3"]]  # fmt: skip
+    assert divided.near == divided.exact
+    assert divided.across(divided.exact) == []
+    assert sorted([*divided.train, *divided.val]) == list(range(len(source)))
+    Path(source.name(int(divided.val[1]))).write_text("no picture")
+    again = divide(source, None, 0.25, 0, workers)
+    assert [b.sample for b in again.bad] == [divided.val[1]]
+    assert set(again.val) == set(divided.val) - {divided.val[1]}
+    write_shapes(tmp_path / "val", 3, seed=1)
+    (tmp_path / "val" / "square" / "00.png").write_text("no picture")
+    given = divide(source, open_source(tmp_path / "val"), 0, 0, workers)
+    assert len(given.val) == 8
+    assert [b.sample for b in given.bad] == [len(source) + 3]

@@ -173,10 +173,11 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
 
     result: dict[str, Any] = {}
     frozen = None
-    if settings.method == "head":  # which has no loop that would count them
-        count = sum(map(len, data.everything))
-        bad = BadImages(run.out / "bad_images.csv", count, settings.max_bad_images)
-        distributed.on_main(lambda: bad.add(data.divided.bad))
+    count, left_out = sum(map(len, data.everything)), data.divided.bad
+    if settings.method != "head":  # whose loop counts those that it meets
+        left_out = [b for b in left_out if b.sample >= len(data.everything[0])]
+    bad = BadImages(run.out / "bad_images.csv", count, settings.max_bad_images)
+    distributed.on_main(lambda: bad.add(left_out))
     if settings.method != "full":
         source, precision = data.train.source, settings.precision
         frozen = distributed.on_main(
