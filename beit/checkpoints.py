@@ -4,9 +4,9 @@ A saved model is a transformers folder: `config.json`, `model.safetensors` with 
 disk, `preprocessor_config.json`, a model card. What transformers has no field for stands under one
 key, `beit`, of `config.json`. Tokenizers are folders of the same kind with a `model_type` of their own.
 
-What comes in may also be a timm folder, a raw file of unilm's or timm's, OpenAI's pickled dVAE, a
-VQ-KD file, or a name on the hub. Files are JSON, safetensors, or read by `unpickle`'s allow-list:
-nothing that is opened can run code.
+What comes in may also be a timm folder, a raw file of unilm's or timm's, a plain ViT (DINO's, say),
+OpenAI's pickled dVAE, a VQ-KD file, or a name on the hub. Files are JSON, safetensors, or read by
+`unpickle`'s allow-list: nothing that is opened can run code.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import functools
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,13 +54,16 @@ from beit.image import (
     unilm_spec,
 )
 from beit.layouts import (
+    EXPORT,
     count_blocks,
     from_transformers,
+    from_vit,
     layout_of,
     read_config,
     reason_to_ignore,
     strip_prefix,
     to_transformers,
+    what_no_beit_has,
 )
 from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 from beit.relative_position import relative_position_index
@@ -219,10 +223,10 @@ def _transformers_folder(
     path: Path, content: dict[str, Any], num_heads: int | None, early_layer: int | None
 ) -> Weights:
     kind = content.get("model_type")
-    if kind not in ("beit", "data2vec-vision"):
+    if kind not in ("beit", "data2vec-vision", "vit"):
         raise CheckpointError(
-            f"{path} holds a {str(kind)[:80]!r}, not a BEiT encoder"
-            + ("; give it as --tokenizer" if kind in list(TOKENIZERS) else "")
+            f"{path} holds a {str(kind)[:80]!r}, not a BEiT encoder or a plain ViT; "
+            + ("give it as --tokenizer" if kind in list(TOKENIZERS) else EXPORT)
         )
     ours = content.get("beit", {})
     if ours.get("format", FORMAT) > FORMAT:
@@ -231,9 +235,13 @@ def _transformers_folder(
         )
     if not isinstance(ours.get("provenance", {}), dict):
         raise ValueError(f"provenance in config.json is {str(ours['provenance'])[:80]!r}")
-    tensors, ignored = _set_aside(strip_prefix(from_transformers(_folder_tensors(path))))
+    tensors = _folder_tensors(path)
+    tensors = from_vit(tensors) if kind == "vit" else strip_prefix(from_transformers(tensors))
+    tensors, ignored = _set_aside(tensors)
     given = content.get("architectures")
-    name = given[0].replace("Data2VecVision", "Beit") if given else _class_of(tensors).__name__
+    name = given[0] if given else _class_of(tensors).__name__
+    # A ViT's masked model guesses pixels: its name is left, and so is unknown.
+    name = re.sub("^(Data2VecVision|ViT(?!ForMasked))", "Beit", name)
     if name not in {*MODEL_CLASSES, "BeitForSemanticSegmentation", "BeitBackbone"}:
         raise CheckpointError(f"{path} holds a {name}; known are {', '.join(MODEL_CLASSES)}")
     if name == "BeitForImageClassification":
@@ -278,8 +286,8 @@ def _timm_folder(
     path: Path, content: dict[str, Any], num_heads: int | None, early_layer: int | None
 ) -> Weights:
     architecture = str(content.get("architecture"))
-    if not architecture.startswith("beit"):
-        raise CheckpointError(f"{path} holds timm's {architecture}, not a BEiT")
+    if not architecture.startswith(("beit", "vit_", "deit_")) or "quickgelu" in architecture:
+        raise CheckpointError(f"{path} holds timm's {architecture}, not a BEiT or a plain ViT; {EXPORT}")
     pretrained = content.get("pretrained_cfg") or content  # old folders keep it all on one level
     arguments = content.get("model_args") or {}
     size = arguments.get("img_size") or pretrained.get("input_size", [3, 224, 224])[1:]
@@ -321,13 +329,11 @@ def _single_file(
         raise CheckpointError(f"{path} holds a visual tokenizer; give it as --tokenizer")
     if layout == "transformers":
         tensors = from_transformers(tensors)
-    elif layout == "vit":
-        raise CheckpointError(
-            f"{path} has keys with a bias, which no BEiT has: it is a ViT, DeiT, MAE or BEiT-3"
-        )
     elif layout == "unknown":
+        what = what_no_beit_has(tensors)
         raise CheckpointError(
             f"{path} has no tensors of a BEiT; its first are {', '.join(list(tensors)[:4]) or 'none'}"
+            + (f". It is a ViT with {what}; {EXPORT}" if what else "")
         )
     found = _from_blocks(path, tensors, num_heads, early_layer, img_size)
     wrapped = bool(rest) or any("relative_position_index" in name for name in found.ignored)
@@ -336,6 +342,15 @@ def _single_file(
     if layout == "transformers":
         found.layout, found.config = "transformers file", replace(config, layer_norm_eps=1e-12)
         spec = transformers_spec(max(size))
+    elif layout == "vit":
+        found.layout = "ViT file"
+        if any("encoder.layer." in name or "_proj" in name for name in tensors):
+            found.config = replace(config, layer_norm_eps=1e-12)
+        # timm's own ViTs are bare classifiers and have 0.5; DINO's and MAE's are encoders, DeiT's files
+        # hold their weights under `model`: they have ImageNet's statistics.
+        bare = content is tensors and config.num_classes
+        spec = timm_spec(max(size)) if bare else unilm_spec(max(size))
+        spec = spec if bare else replace(spec, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     elif wrapped or content is not tensors or "mask_token" in found.tensors:
         found.layout, spec = "unilm file", unilm_spec(max(size))
     else:
@@ -369,8 +384,11 @@ def _from_blocks(
     known_size: tuple[int, int] | None = None,
 ) -> Weights:
     """Tensors under our names without a config of transformers': all that they say is read from them."""
-    tensors, ignored = _set_aside(strip_prefix(tensors))
+    vit = layout_of(tensors) == "vit"
+    tensors, ignored = _set_aside(from_vit(tensors) if vit else strip_prefix(tensors))
     config, assumed = read_config(tensors, img_size, num_heads, early_layer, known_size)
+    if vit and "norm.weight" in tensors:  # also without a head its class token speaks for the picture
+        config = replace(config, pooling="cls")
     kind = _class_of(tensors)
     return Weights(path, "file", tensors, config, kind, ImageSpec(), ignored=ignored, assumed=assumed)
 

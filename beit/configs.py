@@ -77,11 +77,18 @@ def describe_model(model: Beit, provenance: dict[str, Any]) -> dict[str, Any]:
 
 SEVERAL_LABELS = "multi_label_classification"  # transformers' problem_type
 WHOLE = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+PLAIN_VIT = {  # what a ViT's config.json does not say in a BEiT's words
+    "use_absolute_position_embeddings": True,
+    "layer_scale_init_value": 0.0,
+    "use_mean_pooling": False,
+}
 DEFAULT_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves these two out of the file
 
 
 def read_transformers_config(content: dict[str, Any]) -> BeitConfig:
-    """A BeitConfig from the content of config.json; ours, or transformers' for a BEiT."""
+    """A BeitConfig from the content of config.json; ours, or transformers' for a BEiT or a ViT."""
+    if content.get("model_type") == "vit":
+        content = {**content, **PLAIN_VIT}
     ours = content.get("beit", {})
     size = content["image_size"]
     for name in WHOLE:

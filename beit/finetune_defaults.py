@@ -29,8 +29,11 @@ UNBALANCED = 3.0  # the largest class is so many times the smallest
 TRAINING = ("epochs", "batch_size", "lr", "layer_decay", "crop_scale")
 
 
-def chosen(given: Mapping[str, Any], data: Labelled) -> dict[str, Any]:
-    """A value for each setting of `finetune` that is None in `given`; those that have no say stay out."""
+def chosen(given: Mapping[str, Any], data: Labelled, depth: int | None = None) -> dict[str, Any]:
+    """A value for each setting of `finetune` that is None in `given`; those that have no say stay out.
+
+    depth: blocks of the trained model to begin with; None where it begins from nothing.
+    """
     count, classes = len(data.train.source), len(data.classes)
     model = given["model"] or size_for(data.train.source)
     fresh = is_size(model)
@@ -49,11 +52,10 @@ def chosen(given: Mapping[str, Any], data: Labelled) -> dict[str, Any]:
         "method": method,
     }
     if method != "head":
-        large = not fresh and re.search("large", model)
         found |= {
             "batch_size": 64 if count >= 640 else max(8, 2 ** int(math.log2(max(count, 10) / 10))),
             "lr": 1e-3,
-            "layer_decay": 1.0 if fresh else 0.75 if large else 0.65,
+            "layer_decay": 1.0 if fresh else 0.75 if (depth or 0) >= 24 else 0.65,  # as published
             "crop_scale": (0.08, 1.0) if asked else (0.3, 1.0),
         }
         counts = data.counts

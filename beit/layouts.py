@@ -1,4 +1,4 @@
-"""How each format names a BEiT's tensors, and what the tensors themselves say about the model.
+"""How each format names a BEiT's tensors, or a plain ViT's, and what these say about the model.
 
 Our names are those of unilm and timm. transformers has two sets of its own: the names on disk, which
 every version reads, and version 5's module names, which now and then get saved too. Both cut the fused
@@ -64,6 +64,24 @@ MODULE_NAMES = {
 IGNORED = (
     (r"(.*\.)?relative_position_index", "computed from the grid, never read"),
     (r"(.*\.)?(fpn\d?|decode_head|auxiliary_head)\..*", "a segmentation head"),
+    # q.(k + b) = q.k + q.b: a ViT's key bias adds one number to all logits of a query, which no softmax
+    # sees. So this loses nothing.
+    (r".*\.(attn\.k_bias|attention\.key\.bias|k_proj\.bias)", "adds the same to all logits of a query"),
+    (r"(vit\.)?pooler\.dense\..*", "transformers' layer behind a ViT's class token"),
+)
+
+# What makes a ViT another model than ours. The names are timm's, DINO's, OpenAI's and transformers'.
+OTHER_VITS = (
+    (r"(.*\.)?(reg_token|register_tokens|storage_tokens)", "register tokens"),
+    (r"(.*\.)?(dist_token|distillation_token)", "a distillation token"),
+    (r"(.*\.)?(norm_pre|ln_pre|pre_layrnorm)\..*", "a norm before its first block, as CLIP has it"),
+    (r".*\.(q_norm|k_norm)\..*", "norms of queries and keys"),
+    (r".*\.mlp\.(w\d+|weights_in|fc1_g)\..*", "a gated MLP (SwiGLU)"),
+    (r"(.*\.)?(rope|rope_embed|rope_embeddings)\..*", "rotary positions"),
+)
+EXPORT = (
+    "for train-tokenizer --teacher export it as a .pt2 that makes (B, L, T) of pictures (B, 3, H, W) "
+    "in [0, 1], as docs/formats.md shows"
 )
 
 
@@ -106,7 +124,7 @@ def from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
-        name = full_name.removeprefix("beit.").removeprefix("data2vec_vision.")
+        name = full_name.removeprefix("beit.").removeprefix("data2vec_vision.").removeprefix("vit.")
         name = rename(name, MODULE_NAMES) or name
         part = re.fullmatch(
             r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.weight", name
@@ -126,6 +144,48 @@ def from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             fused = torch.cat(rows) if alike else max(rows, key=Tensor.numel)
             result[f"blocks.{number}.attn.qkv.weight"] = fused
     return result
+
+
+def from_vit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A plain ViT's tensors, by timm's and DINO's names or by transformers', under ours.
+
+    Raises ValueError for a ViT that computes something else.
+    """
+    what = what_no_beit_has(tensors)
+    if not any(re.search(r"(^|\.)blocks\.\d+\.", name) for name in tensors):
+        result = strip_prefix(from_transformers(tensors))
+    else:
+        result = {}
+        for name, tensor in strip_prefix(tensors).items():
+            name = name.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2")
+            if name.endswith(".attn.qkv.bias"):
+                parts = zip("qkv", tensor.chunk(3), strict=True)
+                result |= {name.replace("qkv.", f"{part}_"): bias.clone() for part, bias in parts}
+            else:  # DINOv2's mask token is (1, D)
+                result[name] = tensor.view(1, 1, -1) if name == "mask_token" else tensor
+        positions = result.get("pos_embed")
+        if (
+            what is None
+            and positions is not None
+            and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]
+        ):
+            what = "no position for its class token"
+    fc1, fc2 = (result.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+    if what is None and fc1 is not None and fc2 is not None and fc1.shape[0] != fc2.shape[-1]:
+        what = "a gated MLP (SwiGLU)"
+    for name, cause in (("cls_token", "no class token"), ("pos_embed", "no absolute positions")):
+        if what is None and name not in result:
+            what = cause
+    if what is not None:
+        raise ValueError(f"it is a ViT with {what}, which is not computed here; {EXPORT}")
+    return result
+
+
+def what_no_beit_has(names: Iterable[str]) -> str | None:
+    """What shows a ViT to be more than a plain one; None where no name does."""
+    names = list(names)
+    rules = (what for pattern, what in OTHER_VITS if any(re.fullmatch(pattern, n) for n in names))
+    return next(rules, None)
 
 
 def strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -171,8 +231,8 @@ def read_config(
     """The config of a BEiT from its tensors under our names, and what had to be assumed.
 
     img_size: pixels, where the tensors leave it open (no table, no positions, or a rectangle).
-    num_heads, early_layer: where the rule (64 wide; 9 of 12, 21 of 24) is wrong. known_size: pixels,
-    from a config beside the tensors; it is taken where the tensors allow it. Raises ValueError.
+    num_heads, early_layer: where the rule (64 wide, at most 16; 9 of 12, 21 of 24) is wrong. known_size:
+    pixels, from a config beside the tensors; it is taken where the tensors allow it. Raises ValueError.
     """
     missing = {"cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} - tensors.keys()
     if missing:
@@ -215,8 +275,8 @@ def read_config(
             raise ValueError(
                 f"it does not say its heads, and width {width} is no multiple of 64; num_heads="
             )
-        num_heads = width // 64
-        assumed.append(f"num_heads {num_heads}: 64 wide each; num_heads= sets it")
+        num_heads = min(width // 64, 16)  # the huge, giant and gigantic ViTs have 80, 88, 104 wide ones
+        assumed.append(f"num_heads {num_heads}: {width // num_heads} wide each; num_heads= sets it")
 
     extra = {n.split(".")[1] for n in tensors if n.startswith("cls_pt_layers.")}
     if not extra:

@@ -303,8 +303,8 @@ def change(folder: Path, **values: Any) -> None:
 
 
 def test_another_kind_of_model_is_named(folder: Path) -> None:
-    change(folder, model_type="vit")
-    refused(folder, "holds a 'vit', not a BEiT encoder")
+    change(folder, model_type="swin")
+    refused(folder, "holds a 'swin', not a BEiT encoder or a plain ViT", "export it as a .pt2")
     change(folder, model_type="beit", architectures=["BeitForDepth"])
     refused(folder, "BeitForDepth", "BeitForImageClassification")
 

@@ -27,7 +27,14 @@ def pictures(shapes: Path, counts: list[int], val: bool = True) -> Labelled:
     return Labelled(side, side if val else None, (train,), divided, val)
 
 
-TRAINED, LARGE = "runs/pretrained", "beit_large_patch16_224_pt22k"
+TRAINED = "runs/pretrained"
+
+
+def test_a_large_model_is_told_by_its_blocks_whatever_it_is_called(shapes: Path) -> None:
+    data = pictures(shapes, [300, 300])
+    for model, depth, decay in (("runs/large-pictures", 12, 0.65), ("runs/mine", 24, 0.75)):
+        settings = vars(Finetune(Path("flowers"), model=model))
+        assert chosen(settings, data, depth)["layer_decay"] == decay
 
 
 @pytest.mark.parametrize(
@@ -39,7 +46,7 @@ TRAINED, LARGE = "runs/pretrained", "beit_large_patch16_224_pt22k"
         (149, {"model": TRAINED}, {"method": "head"}),
         (150, {"model": TRAINED}, {"method": "best", "batch_size": 8, "layer_decay": 0.65}),
         (639, {"model": TRAINED}, {"method": "best", "batch_size": 32, "epochs": 78}),
-        (640, {"model": LARGE}, {"method": "best", "batch_size": 64, "layer_decay": 0.75}),
+        (640, {"model": TRAINED}, {"method": "best", "batch_size": 64, "layer_decay": 0.65}),
         (6000, {"model": TRAINED}, {"batch_size": 64, "epochs": 10}),
         (36, {"model": TRAINED, "lr": 0.0}, {"method": "full", "crop_scale": (0.08, 1.0)}),
         (36, {"model": TRAINED, "steps": 9}, {"method": "full", "batch_size": 8}),
@@ -50,7 +57,7 @@ def test_settings_follow_the_number_of_pictures(
     shapes: Path, count: int, given: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     data = pictures(shapes, [count // 3, count // 3, count - 2 * (count // 3)])
-    found = chosen(vars(Finetune(Path("flowers"), **given)), data)
+    found = chosen(vars(Finetune(Path("flowers"), **given)), data, 12 if "model" in given else None)
     assert found["out"] == Path("flowers.run")
     assert {key: found.get(key) for key in expected} == expected
     assert not set(given) & set(found), "what is given stays"

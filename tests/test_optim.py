@@ -77,6 +77,28 @@ def test_groups_are_those_of_the_original(name: str, count: int) -> None:
     assert sorted(ours) == sorted(theirs)
 
 
+@pytest.mark.parametrize(
+    ("size", "decay", "count", "least"),
+    [
+        ("base", 0.65, 28, 3.70e-3), ("base", 0.85, 28, 0.121),
+        ("large", 0.75, 52, 7.53e-4), ("large", 0.9, 52, 0.0718),
+    ],
+)  # fmt: skip
+def test_groups_and_least_rates_of_both_sizes(size: str, decay: float, count: int, least: float) -> None:
+    with torch.device("meta"):
+        model = BeitForImageClassification(VARIANTS[f"beit_{size}_patch16_224"])
+    groups = param_groups(model, 0.05, decay, model.config.depth)
+    assert len(groups) == count
+    assert min(group["lr_scale"] for group in groups) == pytest.approx(least, rel=2e-3)
+    scale_of = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    above = model.config.depth + 1
+    for name, layer in (
+        ("cls_token", 0), ("patch_embed.proj.weight", 0), ("blocks.0.norm1.weight", 1),
+        (f"blocks.{above - 2}.attn.proj.weight", above - 1), ("fc_norm.bias", above), ("head.bias", above),
+    ):  # fmt: skip
+        assert scale_of[name] == pytest.approx(decay ** (above - layer), rel=1e-12), name
+
+
 def test_layers_are_numbered_as_in_the_original() -> None:
     _, expected, _ = golden_groups(FINETUNE)
     for name, row in expected["params"].items():

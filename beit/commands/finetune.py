@@ -161,7 +161,7 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
     data = open_labelled(
         settings.data, settings.val, settings.val_share, settings.seed, settings.workers
     )
-    settings = choose(settings, data)
+    settings = choose(settings, data, None if start is None else start.config.depth)
     assert settings.out is not None
     if settings.method != "head":
         length_of(settings, len(data.train.source))  # refuses what is none, before it begins
@@ -223,9 +223,9 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
     return result
 
 
-def choose(settings: Finetune, data: Labelled) -> Finetune:
+def choose(settings: Finetune, data: Labelled, depth: int | None) -> Finetune:
     """The settings with all that was not given; says what was chosen, and what is odd in the data."""
-    new = chosen(vars(settings), data)
+    new = chosen(vars(settings), data, depth)
     if settings.model is None:
         distributed.say(
             f"no --model was named: {new['model']} begins from nothing. A pre-trained one needs far fewer "

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from beit.atomic import check_place, write_atomically
 from beit.checkpoints import load_model
-from beit.data import ImageSource, load_ahead, open_source
+from beit.data import ImageSource, SomeSkipped, TooManyBadImages, has_split, load_ahead, open_source
 from beit.duplicates import duplicates, pixel_hash
 from beit.features import Pooling, default_layer, extract_features, layer_states, pooled, storage
-from beit.image import preprocess
+from beit.image import BadImage, preprocess
 from beit.metrics import bootstrap_interval
 from beit.model import Beit
 from beit.precision import Precision, pick_device
@@ -43,6 +43,7 @@ from beit.probe import (
     knn_scores,
     stratified_fifth,
 )
+from beit.split import divide, take
 
 SHOTS = (1, 5, 10)
 
@@ -51,7 +52,8 @@ SHOTS = (1, 5, 10)
 @dataclass(frozen=True)
 class Probe:
     data: Path
-    """Folder with train/ and val/, each with one sub-folder a class."""
+    """Folder with train/ and val/, each with one sub-folder a class. Where there is no val a fifth of each
+    class is held out, copies of a picture on one side."""
     _: KW_ONLY
     model: Annotated[str, Parameter(alias="-m")]
     """Model folder or file, hub:owner/name, or a name that `beit models` lists."""
@@ -86,23 +88,21 @@ def probe(settings: Probe) -> dict[str, Any]:
     """Probe a model: linear, k-NN, attentive and few-shot, on frozen features."""
     kinds = chosen_kinds(settings.kinds)
     check_place(settings.out)
-    train = open_source(settings.data, "train", labelled=True)
-    test = open_source(settings.data, settings.split, labelled=True).with_classes(train.classes)
-    if train.paths == test.paths:
-        raise ValueError(
-            f"{settings.data} needs a train and a {settings.split} folder, to score on others"
-        )
+    train, test = sides(settings)
     model = load_model(settings.model, dtype=torch.float32).to(pick_device(settings.device))
     layers = chosen_layers(settings.layers, model.config.depth)
     if kinds[0] in ("attentive", "few-shot") and (len(layers) > 1 or settings.pooling == "all"):
         raise ValueError(
             f"--kinds {settings.kinds} reads one layer; begin with linear, which chooses it"
         )
+    hashes: dict[str, bytes] = {}
+    listed = len(train) + len(test)
+    (train, known), (test, asked) = (
+        features_of(settings.model, model, s, layers, settings, hashes) for s in (train, test)
+    )
+    features = [known, asked]
     held_out = stratified_fifth(train.labels, settings.seed)
     classes = len(train.classes)
-
-    hashes: dict[str, bytes] = {}
-    features = [features_of(settings.model, model, s, layers, settings, hashes) for s in (train, test)]
 
     def labelled(layer: int, pooling: Pooling) -> tuple[Labelled, Labelled]:
         sides = zip(features, (train, test), strict=True)
@@ -137,9 +137,10 @@ def probe(settings: Probe) -> dict[str, Any]:
         fresh = type(model)(model.config).to(model.cls_token.device)
         fresh.image_spec = model.image_spec
         name = "the same, untrained"
-        features = [features_of(name, fresh, s, [layer], settings, hashes) for s in (train, test)]
+        features = [features_of(name, fresh, s, [layer], settings, hashes)[1] for s in (train, test)]
         score = SCORES[kinds[0]](*labelled(layer, pooling), held_out, classes)
         result["untrained_accuracy"] = score["accuracy"]
+    result["bad_images"] = listed - len(train) - len(test)
     result["duplicates"] = in_both(train, test, hashes)
     if settings.out is not None:
         document = {"settings": {k: v for k, v in asdict(settings).items() if k != "_"}, **result}
@@ -148,7 +149,30 @@ def probe(settings: Probe) -> dict[str, Any]:
         print(json.dumps(result))
     else:
         show(result, settings, model.config.depth, paper, len(test))
+    if result["bad_images"]:
+        raise SomeSkipped(
+            f"{result['bad_images']} of {listed} pictures could not be read; they are left out"
+        )
     return result
+
+
+def sides(settings: Probe) -> tuple[ImageSource, ImageSource]:
+    """Pictures to fit to, and others to score on: those of a split, or a fifth of each class."""
+    data, split = settings.data, settings.split
+    train = open_source(data, "train", labelled=True)
+    if has_split(data, "train") and has_split(data, split) and split != "train":
+        test = open_source(data, split, labelled=True).with_classes(train.classes)
+        return train, test
+    if split != "val":
+        open_source(data, split)  # tells of a folder that has train and not this
+        raise ValueError(f"{data} needs a train and a {split} folder, to score on others")
+    divided = divide(train, None, 0.2, settings.seed, settings.workers)
+    if not len(divided.val):
+        raise ValueError(
+            f"{data} has no val, and no class of two pictures or more to hold one out of; give a val"
+        )
+    said(f"{data} has no val: {len(divided.val)} of {len(train)} pictures are held out to score on")
+    return take(train, divided.train), take(train, divided.val)
 
 
 def chosen_kinds(text: str) -> list[str]:
@@ -175,19 +199,25 @@ def chosen_layers(text: str, depth: int) -> list[int]:
 
 
 def prepared(
-    model: Beit, source: ImageSource, settings: Probe, hashes: dict[str, bytes] | None = None
+    model: Beit, source: ImageSource, settings: Probe, hashes: dict[str, bytes]
 ) -> Iterator[Tensor]:
-    """Batches (B, 3, H, W) of a source; the pictures' hashes are put down by their names."""
+    """Batches (B, 3, H, W) of a source; the pictures' hashes are put down by their names.
+
+    Pictures that cannot be read are named on stderr and have no hash; zeros stand in their place.
+    """
     parts = np.array_split(np.arange(len(source)), -(-len(source) // settings.batch_size))
 
     def prepare(number: int) -> Tensor:
-        images = []
-        for i in parts[number]:
-            pixels = source.read(int(i))
-            if hashes is not None:
-                hashes[source.name(int(i))] = pixel_hash(pixels)
-            images.append(preprocess(pixels, model.image_spec))
-        return torch.from_numpy(np.stack(images))
+        images = np.zeros((len(parts[number]), 3, *model.image_spec.size), dtype=np.float32)
+        for image, i in zip(images, parts[number].tolist(), strict=True):
+            try:
+                pixels = source.read(i)
+            except BadImage as error:
+                said(f"left out: {error}")
+                continue
+            hashes[source.name(i)] = pixel_hash(pixels)
+            image[:] = preprocess(pixels, model.image_spec)
+        return torch.from_numpy(images)
 
     yield from load_ahead(prepare, range(len(parts)), settings.workers)
 
@@ -199,13 +229,18 @@ def features_of(
     layers: list[int],
     settings: Probe,
     hashes: dict[str, bytes],
-) -> dict[int, Tensor]:
-    """{layer: (n, 2D)} of a source: class token and mean of the patches."""
+) -> tuple[ImageSource, dict[int, Tensor]]:
+    """The readable pictures of a source, and their {layer: (n, 2D)}: class token, mean of patches."""
     started = time.monotonic()
     batches = prepared(model, source, settings, hashes)
     features = extract_features(model, batches, layers, "both", settings.precision, len(source))
+    kept = [i for i in range(len(source)) if source.name(i) in hashes]
+    if not kept:
+        raise TooManyBadImages(f"none of {len(source)} pictures of {settings.data} can be read")
+    if len(kept) < len(source):
+        source, features = take(source, kept), {layer: x[kept] for layer, x in features.items()}
     said(f"{name}: features of {len(source)} pictures in {time.monotonic() - started:.1f} s")
-    return features
+    return source, features
 
 
 def with_labels(features: Tensor, source: ImageSource, model: Beit) -> Labelled:
@@ -256,7 +291,7 @@ def attentive(
     model: Beit, train: ImageSource, test: ImageSource, layer: int, held_out: Tensor, settings: Probe
 ) -> dict[str, Any]:
     """One more pass, for all tokens of a layer; a fifth chooses the learning rate, then all are fitted."""
-    tokens = [tokens_of(model, source, layer, settings) for source in (train, test)]
+    tokens = [tokens_of(model, source, layer, settings) for source in (train, test)]  # all can be read
     labels = [torch.tensor(source.labels) for source in (train, test)]
     classes, device = len(train.classes), model.cls_token.device
 
@@ -283,7 +318,7 @@ def tokens_of(model: Beit, source: ImageSource, layer: int, settings: Probe) -> 
     """(n, N, D) float16 states of a layer."""
     place = 0
     kept = torch.empty(0)
-    batches = prepared(model, source, settings)
+    batches = prepared(model, source, settings, {})
     for (state,) in layer_states(model, batches, [layer], settings.precision):
         if not place:
             kept = storage((len(source), *state.shape[1:]), torch.float16)

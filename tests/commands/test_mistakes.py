@@ -251,11 +251,14 @@ MISTAKES: dict[str, Mistake] = {
         finetune(good, "--recipe", "beit_bas_1k"), 2, ("beit_bas_1k", "did you mean beit_base_1k")
     ),
     "finetune: no such config": Mistake(finetune(good, "--config", "nowhere.toml"), 2, ("nowhere.toml",)),
-    "probe: no validation pictures": Mistake(
-        lambda p: ["probe", p.data, "-m", p.encoder], 2, ("train and a val folder",)
+    "probe: no such split": Mistake(
+        lambda p: ["probe", p.data, "-m", p.encoder, "--split", "test"], 2, ("train and a test folder",)
     ),
     "probe: a layer that is not there": Mistake(
         lambda p: ["probe", p.shapes, "-m", p.encoder, "--layers", 9], 2, ("layer 9", "0 to 4")
+    ),
+    "probe: a picture that is none": Mistake(
+        lambda p: ["probe", spoilt(1)(p), "-m", p.encoder], 3, ("00.png", "1 of 12", "left out")
     ),
     "probe: no such kind": Mistake(
         lambda p: ["probe", p.shapes, "-m", p.encoder, "--kinds", "liner"], 2, ("liner", "linear")

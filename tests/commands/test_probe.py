@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -246,10 +247,50 @@ def test_wrong_settings_are_named(
 def test_scoring_on_the_pictures_it_was_fitted_on_is_refused(
     cli: Cli, shapes: Path, pretrained: Done
 ) -> None:
-    for data, options in ((shapes / "train", {}), (shapes, {"split": "train"})):
-        code, _, err = cli("probe", data, model=pretrained.folder, **options)
+    for data, split in ((shapes / "train", "test"), (shapes, "train")):
+        code, _, err = cli("probe", data, model=pretrained.folder, split=split)
         assert code == 2
         assert "to score on others" in err
+
+
+def test_a_folder_without_val_gives_a_fifth_of_it_copies_on_one_side(
+    cli: Cli, shapes: Path, tmp_path: Path, pretrained: Done
+) -> None:
+    shutil.copytree(shapes / "train", tmp_path / "all")
+    for number, file in enumerate(sorted((tmp_path / "all" / "square").glob("*.png"))):
+        shutil.copy(file, file.with_name(f"copy-{number}.png"))
+    count = sum(1 for _ in (tmp_path / "all").rglob("*.png"))
+    options = {"model": pretrained.folder, "json": True}
+    code, out, err = cli("probe", tmp_path / "all", **options)
+    assert code == 0
+    held_out = re.search(rf"has no val: (\d+) of {count} pictures are held out", err)
+    assert held_out is not None
+    assert 0.15 * count < int(held_out[1]) < 0.25 * count
+    assert json.loads(out)["duplicates"] == []  # across the two sides
+    assert cli("probe", tmp_path / "all", **options)[1] == out
+
+
+def test_pictures_that_cannot_be_read_are_named_and_left_out(
+    cli: Cli, shapes: Path, tmp_path: Path, pretrained: Done
+) -> None:
+    for name in ("bad", "without"):
+        shutil.copytree(shapes, tmp_path / name)
+    for file in ("train/disc/00.png", "val/square/01.png"):
+        (tmp_path / "bad" / file).write_text("no picture")
+        (tmp_path / "without" / file).unlink()
+    options = {"model": pretrained.folder, "json": True, "kinds": "linear,knn,attentive"}
+    code, out, err = cli("probe", tmp_path / "bad", **options)
+    assert code == 3
+    assert "train/disc/00.png" in err
+    assert "val/square/01.png" in err
+    assert "2 of 51 pictures could not be read" in err
+    without = json.loads(cli("probe", tmp_path / "without", **options)[1])
+    assert json.loads(out) == {**without, "bad_images": 2}
+    for file in (tmp_path / "bad" / "val").rglob("*.png"):
+        file.write_text("no picture")
+    code, _, err = cli("probe", tmp_path / "bad", **options)
+    assert code == 4
+    assert "can be read" in err
 
 
 def test_a_fifth_of_every_class_is_held_out() -> None:

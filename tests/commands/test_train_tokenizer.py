@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Cli
+from conftest import ROOT, Cli
 from PIL import Image
 
 import beit.commands.train_tokenizer
 from beit.augment import normalise, to_unit
 from beit.checkpoints import load_model, load_tokenizer
-from beit.commands.train_tokenizer import model_features
+from beit.commands.train_tokenizer import model_features, open_teacher
 from beit.data import open_source
 from beit.image import ImageSpec, resize_and_crop
 from beit.metrics import psnr
@@ -350,6 +350,37 @@ def test_a_classifier_teaches_its_normed_last_patches(finetuned: Done) -> None:
     torch.testing.assert_close(
         told, model.fc_norm(model.layers(prepared, [4])[0][:, 1:]), atol=1e-5, rtol=0
     )
+
+
+def plain_vit() -> Any:
+    """One of transformers', random, 4 x 4 patches of 8 pixels."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48, image_size=32,
+        patch_size=8,
+    )  # fmt: skip
+    return transformers.ViTModel(config, add_pooling_layer=False).eval()
+
+
+def test_a_plain_vit_may_be_the_teacher_by_its_folder_or_exported_as_the_manual_shows(
+    shapes: Path, tmp_path: Path
+) -> None:
+    vit = plain_vit()
+    vit.save_pretrained(tmp_path / "vit")
+    example = (ROOT / "docs" / "formats.md").read_text().split("```python\n")[1].split("```")[0]
+    file = tmp_path / "teacher.pt2"
+    exec(example.replace("224", "32").replace("teacher.pt2", str(file)), {"vit": vit})
+    images = pictures(shapes)
+    with torch.no_grad():
+        expected = vit((images - 0.5) / 0.5).last_hidden_state[:, 1:]
+    for name in (str(tmp_path / "vit"), str(file)):
+        teacher, width = open_teacher(name, 32, 8, torch.device("cpu"))
+        assert width == 24
+        torch.testing.assert_close(teacher(images), expected, atol=1e-5, rtol=1e-5)
+    options = {**SHORT, **VQKD_OPTIONS, "teacher": tmp_path / "vit", "steps": 2}
+    tokenizer = load_tokenizer(run(tmp_path / "run", NAME, shapes / "train", **options).folder)
+    assert isinstance(tokenizer, VQKD)
+    assert tokenizer.config.teacher_dim == 24
 
 
 class MeanColours(torch.nn.Module):
