@@ -1,6 +1,7 @@
 """The run folder: settings, metrics, checkpoints that survive anything, and the frame of a loop.
 
-    run.toml          the settings, resolved, with the command's name
+    run.toml          the settings, with the command's name
+    resolved.toml     what they came to here, and what pictures and weights it works from
     metrics.jsonl     one JSON object a logged step
     checkpoints/      step-00000100/: model, optimizer, ema .safetensors, state.json, SHA256SUMS
     nonfinite/        the first batch whose loss or gradients were not finite, to look at
@@ -13,6 +14,7 @@ processes the main one writes; all of them call everything.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,7 +59,7 @@ SAVE_AFTER_S = 900.0  # a kill or a power cut costs no more, however long a step
 FREE_SETTINGS = {
     "out", "overwrite", "workers", "device", "log_every", "save_every", "quiet", "keep_last",
     "keep_every", "device_batch_size", "shard", "gradient_checkpointing", "compile", "tensorboard",
-    "peak_tflops", "max_skipped", "probe_data", "probe_layers", "look_epochs",
+    "peak_tflops", "probe_data", "probe_layers", "look_epochs",
 }  # fmt: skip
 
 
@@ -182,6 +185,32 @@ class Run:
                 f"{self.out} holds a run with other settings ({'; '.join(changed)}). "
                 "Use the same settings to go on with it, --overwrite to begin again, or another --out"
             )
+
+    def begin(self, same: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+        """Keep what the settings came to, or hold it against what a run that goes on began with.
+
+        same: what must not change, such as a hash of the pictures. told: what may, and is then said.
+        Raises RunError.
+        """
+        distributed.on_main(lambda: self._begin(same, told))
+
+    def _begin(self, same: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+        text = to_toml({**same, **told})
+        file, now = self.out / "resolved.toml", tomllib.loads(text)
+        if not file.exists():
+            write_atomically(file, text.encode())
+            return
+        before = tomllib.loads(file.read_text(encoding="utf-8"))
+        changed = {key: f"{key} was {before[key]}, now {now[key]}" for key in now if key in before}
+        changed = {key: words for key, words in changed.items() if before[key] != now[key]}
+        wrong = [words for key, words in changed.items() if key in same]
+        if wrong:
+            raise RunError(
+                f"{self.out} was begun with something else: {'; '.join(wrong)}. Put that back to go on "
+                "with it, or give --overwrite to begin again, or another --out"
+            )
+        for words in changed.values():
+            print(f"{self.out.name}: goes on though {words}", file=sys.stderr)
 
     @property
     def finished(self) -> bool:
@@ -647,6 +676,23 @@ def describe_settings(settings: Any) -> dict[str, Any]:
     """A command's dataclass as plain values, its name first; what is None is left out."""
     values = {"command": type(settings).__name__, **dataclasses.asdict(settings)}
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items() if v is not None}
+
+
+def surroundings(device: torch.device, precision: str) -> dict[str, Any]:
+    """What a run works with here and may go on without: number format, processes, versions."""
+    versions = {"beit": version("beit"), "torch": torch.__version__}
+    return {
+        "precision": precision, "device": device.type, "processes": distributed.size(), **versions
+    }  # fmt: skip
+
+
+def weights_hash(module: nn.Module) -> str:
+    """What a network's weights are known by: of their names, types and bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def tell_settings(settings: Any) -> None:

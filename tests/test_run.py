@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -40,6 +41,7 @@ from beit.run import (
     read_metrics,
     step_seed,
     to_toml,
+    weights_hash,
 )
 from beit.snapshots import DTYPES, write_tensors
 from beit.stop import stop_at_once, stop_signals
@@ -690,6 +692,33 @@ def test_another_command_is_refused(tmp_path: Path) -> None:
     Run(tmp_path / "run", Other())
     with pytest.raises(RunError, match="command was 'Other', now 'Settings'"):
         Run(tmp_path / "run", Settings())
+
+
+def test_what_a_run_began_with_must_stay_and_what_may_change_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same, told = {"data_hash": "ab", "pictures": 3}, {"precision": "bf16", "processes": 2}
+    Run(tmp_path / "run", Settings()).begin(same, told)
+    run = Run(tmp_path / "run", Settings())
+    run.begin(same, told)
+    assert capsys.readouterr().err == ""
+    run.begin(same, {**told, "precision": "fp32"})
+    assert capsys.readouterr().err == "run: goes on though precision was bf16, now fp32\n"
+    with pytest.raises(RunError, match=r"something else: data_hash was ab, now cd\. Put that back"):
+        run.begin({**same, "data_hash": "cd"}, told)
+    Run(tmp_path / "run", Settings(), overwrite=True).begin({**same, "data_hash": "cd"}, told)
+
+
+def test_weights_are_known_by_every_bit_and_name() -> None:
+    torch.manual_seed(0)
+    one = torch.nn.Linear(3, 2)
+    known = weights_hash(one)
+    assert known == weights_hash(copy.deepcopy(one))
+    with torch.no_grad():
+        one.bias[1] = torch.nextafter(one.bias[1], torch.tensor(9.0))
+    assert weights_hash(one) != known
+    assert weights_hash(one.bfloat16()) != weights_hash(one.float())
+    assert len(known) == 16
 
 
 def test_overwrite_begins_again(tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ from beit.labelled import Labelled, Side, open_labelled
 from beit.metrics import fit_temperature
 from beit.model import Beit, BeitForImageClassification, variant
 from beit.optim import EMA, adamw, cosine_schedule, param_groups, set_learning_rate, update
-from beit.precision import Precision, autocast
-from beit.run import Run, describe_settings
+from beit.precision import Precision, autocast, resolve_precision
+from beit.run import Run, describe_settings, surroundings
 from beit.split import data_hash, write_split
 from beit.validation import Validation, logits_of, score
 
@@ -167,6 +167,11 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
         length_of(settings, len(data.train.source))  # refuses what is none, before it begins
     model = starting_model(settings, start, data.classes).to(device)
     run = Run(settings.out, settings, settings.overwrite)
+    pictures = {"train": len(data.train.source), "val": len(data.val.source) if data.val else 0}
+    run.begin(
+        {**pictures, "data_hash": data_hash(data.everything, data.divided.looked)},
+        surroundings(device, resolve_precision(settings.precision, device)),
+    )
     if data.held_out and data.val is not None:
         parts = {"train": data.train, "val": data.val}
         distributed.on_main(lambda: write_split(run.out / "split.csv", parts))
@@ -340,7 +345,7 @@ def fit(
     watched = None
     if data.val is not None:
         watched = Validation(run.out, *data.val, model, device, settings.precision)
-    truth = torch.from_numpy(data.train.truth)
+    truth = torch.tensor(data.train.truth)
     weights = class_weights(data.counts).to(device) if settings.class_weights else None
     criterion = Criterion(settings.label_smoothing, weights, data.several)
 

@@ -33,7 +33,8 @@ from beit.metrics import codebook_use
 from beit.model import BeitForMaskedImageModeling, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
-from beit.run import Run, tell_settings
+from beit.run import Run, surroundings, tell_settings, weights_hash
+from beit.split import data_hash
 from beit.tokenizer import DalleTokenizer, PixelTargets, Tokenizer
 from beit.visualize import hide_patches, mark_patches, strip, to_bytes
 from beit.watch import Watch, probe_pictures
@@ -169,6 +170,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     source = open_source(settings.data)
     pixels = str(settings.tokenizer) == "pixels"
     tokenizer = PixelTargets() if pixels else load_tokenizer(settings.tokenizer)
+    hash_of_tokenizer = "pixels" if pixels else weights_hash(tokenizer)
     if settings.tokenizer_fp16:
         if not isinstance(tokenizer, DalleTokenizer):
             raise ValueError(f"--tokenizer-fp16 is for DALL-E's; {settings.tokenizer} is another kind")
@@ -217,13 +219,23 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     batch_size = min(settings.batch_size, len(source))
     peak, peak_from = peak_flops(device, settings.precision, settings.peak_tflops)
     tell_settings(settings)
+    precision = resolve_precision(settings.precision, device)
+    run.begin(
+        {
+            "pictures": len(source), "data_hash": data_hash([source], None),
+            "tokenizer_hash": hash_of_tokenizer, "img_size": config.image_height_width[0],
+            "num_mask_patches": num_masked, "min_block": min_block, "steps": total,
+            "warmup_steps": warmup, "vocab_size": tokenizer.vocab_size,
+        },
+        surroundings(device, precision),
+    )  # fmt: skip
     distributed.say(
         f"{run.out}: {len(source):,} pictures, {total:,} steps of {batch_size}, "
         f"{total * batch_size / len(source):.1f} epochs; {num_masked} of {height} x {width} patches "
         f"hidden, {'at random' if settings.masks == 'random' else f'in blocks of {min_block} or more'}, "
         f"{'pixels' if pixels else f'{tokenizer.vocab_size} tokens'}; "
         f"{distributed.size()} x {device.type} in "
-        f"{resolve_precision(settings.precision, device)}, peak {peak / 1e12:.3g} TFLOP/s ({peak_from})"
+        f"{precision}, peak {peak / 1e12:.3g} TFLOP/s ({peak_from})"
     )
     if settings.compile:
         for block in (*model.blocks, *getattr(model, "cls_pt_layers", ())):  # v2 has more

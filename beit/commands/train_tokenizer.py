@@ -24,13 +24,15 @@ from beit.augment import CropAndFlip, normalise, to_unit
 from beit.checkpoints import load_model, save_tokenizer
 from beit.data import ImageSource, Loader, open_source
 from beit.features import default_layer
+from beit.hub import resolve, sha256_of
 from beit.image import BadImage, ImageSpec, resize_and_crop
 from beit.metrics import CodebookUse, codebook_use, psnr
 from beit.model import Beit, BeitForMaskedImageModeling, check_size, variant
 from beit.optim import adamw, cosine_schedule, update
-from beit.precision import Precision, autocast
+from beit.precision import Precision, autocast, resolve_precision
 from beit.report import Page
-from beit.run import Run, read_metrics, tell_settings
+from beit.run import Run, read_metrics, surroundings, tell_settings
+from beit.split import data_hash
 from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig
 from beit.visualize import img_tag, line_chart, png_bytes, strip, to_bytes
 from beit.vqkd import VQKD, VQKDConfig, mean_patches, patch_pixels
@@ -137,6 +139,13 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
 
     every = max(1, total // 10)
     tell_settings(settings)
+    run.begin(
+        {
+            "pictures": len(source), "data_hash": data_hash([source], None), "steps": total,
+            "teacher_hash": teacher_hash(settings.teacher),
+        },
+        surroundings(device, resolve_precision(settings.precision, device)),
+    )  # fmt: skip
     seen = Seen(settings.vocab_size).to(device)
     network = distributed.wrap(tokenizer.train())
     for step, pictures in run.steps(
@@ -338,6 +347,11 @@ def open_teacher(name: str, size: int, patch_size: int, device: torch.device) ->
             f"(2, {side**2}, width), one row for each of {side} x {side}"
         )
     return teacher, said.shape[2]
+
+
+def teacher_hash(name: str) -> str:
+    """What a teacher is known by."""
+    return name if name == "none" else sha256_of(resolve(name))[:16]
 
 
 def model_features(model: Beit, grid: tuple[int, int], images: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ def test_the_model_has_the_classes_of_the_folders(finetuned: Done) -> None:
 def test_the_folder_is_as_documented(finetuned: Done) -> None:
     assert sorted(p.name for p in finetuned.folder.iterdir()) == [
         "README.md", "best", "checkpoints", "config.json", "label_review.csv", "metrics.jsonl",
-        "model.safetensors", "preprocessor_config.json", "report.html", "run.toml", "validation.jsonl",
+        "model.safetensors", "preprocessor_config.json", "report.html", "resolved.toml", "run.toml",
+        "validation.jsonl",
     ]  # fmt: skip
     assert [line["step"] for line in finetuned.metrics] == [10, 20, 30, 40, 50]
 
@@ -318,7 +319,7 @@ def test_a_folder_that_is_no_model_ends_with_5(
     (tmp_path / "unfinished" / "run.toml").write_text('command = "Pretrain"\n')
     for place, cause in (
         (tmp_path / "unfinished", "has not finished; give its command again"),
-        (tokenizer.folder, "not a BEiT encoder; give it as --tokenizer"),
+        (tokenizer.folder, "not a BEiT encoder or a plain ViT; give it as --tokenizer"),
         (shapes, "has no config.json"),
     ):
         options = {**short, "model": place, "out": tmp_path / "run"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from conftest import Cli
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import beit.commands.pretrain
 import beit.model
@@ -20,6 +23,11 @@ from beit.checkpoints import load
 from beit.image import HALF, IMAGENET_MEAN
 from beit.model import VARIANTS, BeitForMaskedImageModeling
 from beit.tokenizer import DiscreteVAE
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from .conftest import PRETRAIN, TOKENIZER, Broken, Done, run, same_weights
 
@@ -79,7 +87,7 @@ def test_the_model_is_the_named_size_as_it_is_pretrained(pretrained: Done) -> No
 def test_the_folder_is_as_documented(pretrained: Done) -> None:
     assert sorted(p.name for p in pretrained.folder.iterdir()) == [
         "README.md", "checkpoints", "config.json", "looks.json", "metrics.jsonl", "model.safetensors",
-        "pictures", "preprocessor_config.json", "report.html", "run.toml",
+        "pictures", "preprocessor_config.json", "report.html", "resolved.toml", "run.toml",
     ]  # fmt: skip
     sheets = sorted((pretrained.folder / "pictures").iterdir())
     assert [sheet.name for sheet in sheets] == [f"step-{step:08d}.jpg" for step in range(0, 61, 3)]
@@ -264,6 +272,38 @@ def test_pretraining_goes_on_from_a_trained_model_at_another_size(
     larger = run(tmp_path / "2", "pretrain", shapes / "train", **options, img_size=48)
     assert "resized rel_pos_bias.relative_position_bias_table" in larger.said
     assert load(larger.folder).config.img_size == 48
+
+
+def test_a_run_does_not_go_on_with_other_pictures_or_tokens(
+    shapes: Path, tokenizer: Done, tmp_path: Path, short: dict[str, Any], cli: Cli
+) -> None:
+    shutil.copytree(shapes / "train", tmp_path / "data")
+    shutil.copytree(tokenizer.folder, tmp_path / "tokens")
+    options = {**short, "tokenizer": tmp_path / "tokens", "precision": "fp32"}
+    done = run(tmp_path / "run", "pretrain", tmp_path / "data", **options)
+    resolved = tomllib.loads((done.folder / "resolved.toml").read_text())
+    expected = {"pictures": 36, "img_size": 32, "num_mask_patches": 6, "min_block": 1, "vocab_size": 32,
+                "precision": "fp32", "processes": 1, "torch": torch.__version__}  # fmt: skip
+    assert expected.items() <= resolved.items()
+    assert resolved["steps"] == done.result["step"]
+
+    def again() -> tuple[int, str, str]:
+        return cli("pretrain", tmp_path / "data", out=done.folder, **options)
+
+    assert again()[0] == 0
+    extra = tmp_path / "data" / "disc" / "extra.png"
+    shutil.copy(next(extra.parent.glob("*.png")), extra)
+    code, _, err = again()
+    assert code == 2
+    assert "pictures was 36, now 37" in err
+    assert "--overwrite" in err
+    extra.unlink()
+    weights = load_file(tmp_path / "tokens" / "model.safetensors")
+    name = next(name for name, tensor in weights.items() if tensor.is_floating_point())
+    save_file({**weights, name: weights[name] + 1}, tmp_path / "tokens" / "model.safetensors")
+    code, _, err = again()
+    assert code == 2
+    assert "tokenizer_hash was" in err
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it, whatever the tensor

@@ -69,7 +69,7 @@ def test_what_is_reported_is_what_the_saved_tokenizer_does(tokenizer: Done, shap
 def test_the_folder_is_as_documented(tokenizer: Done, shapes: Path) -> None:
     assert sorted(p.name for p in tokenizer.folder.iterdir()) == [
         "checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "reconstructions.png",
-        "report.html", "run.toml",
+        "report.html", "resolved.toml", "run.toml",
     ]  # fmt: skip
     settings = tomllib.loads((tokenizer.folder / "run.toml").read_text())
     assert settings["command"] == "TrainTokenizer"
