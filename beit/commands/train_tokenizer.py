@@ -78,6 +78,10 @@ class TrainTokenizer:
     batch_size: PositiveInt = 64
     lr: NonNegativeFloat = 1e-3
     """Peak learning rate of AdamW."""
+    min_lr: NonNegativeFloat | None = None
+    """Where the rate ends; a hundredth of the peak where not given."""
+    warmup_epochs: NonNegativeFloat | None = None
+    """A tenth of the run, 100 steps at most, where not given."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
     """Share of a picture's area that a training crop covers."""
     hflip: float = 0.5
@@ -132,6 +136,12 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
         distributed.size(),
     )
     total = settings.steps or settings.epochs * loader.steps_per_epoch
+    warmup, min_lr = (
+        min(100, total // 10),
+        settings.lr / 100 if settings.min_lr is None else settings.min_lr,
+    )
+    if settings.warmup_epochs is not None:
+        warmup = min(total, round(settings.warmup_epochs * loader.steps_per_epoch))
 
     def batches(steps: range) -> Iterator[list[np.ndarray]]:
         for samples in loader.batches(steps, view):
@@ -142,6 +152,7 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
     run.begin(
         {
             "pictures": len(source), "data_hash": data_hash([source], None), "steps": total,
+            "warmup_steps": warmup, "min_lr": min_lr,
             "teacher_hash": teacher_hash(settings.teacher),
         },
         surroundings(device, resolve_precision(settings.precision, device)),
@@ -163,7 +174,7 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
         if step and step % every == 0:
             with run.apart():
                 distributed.on_main(partial(look, settings, tokenizer, teacher, source, step))
-        lr = cosine_schedule(step, total, min(100, total // 10), settings.lr, settings.lr / 100)
+        lr = cosine_schedule(step, total, warmup, settings.lr, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         images = to_unit(pictures, device)

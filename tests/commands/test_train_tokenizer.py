@@ -22,6 +22,7 @@ from beit.commands.train_tokenizer import model_features, open_teacher
 from beit.data import open_source
 from beit.image import ImageSpec, resize_and_crop
 from beit.metrics import psnr
+from beit.optim import cosine_schedule
 from beit.tokenizer import DiscreteVAE
 from beit.visualize import to_bytes
 from beit.vqkd import VQKD, patch_pixels
@@ -350,6 +351,15 @@ def test_a_classifier_teaches_its_normed_last_patches(finetuned: Done) -> None:
     torch.testing.assert_close(
         told, model.fc_norm(model.layers(prepared, [4])[0][:, 1:]), atol=1e-5, rtol=0
     )
+
+
+def test_the_rate_rises_and_ends_as_asked(shapes: Path, tmp_path: Path) -> None:
+    given = {"steps": 6, "batch_size": 18, "log_every": 1, "lr": 1e-3}
+    asked = {"warmup_epochs": 1, "min_lr": 4e-4}  # 36 pictures: 2 steps
+    for name, more, warmup, least in (("own", {}, 0, 1e-5), ("asked", asked, 2, 4e-4)):
+        done = run(tmp_path / name, NAME, shapes / "train", **{**SHORT, **given, **more})
+        expected = [cosine_schedule(step, 6, warmup, 1e-3, least) for step in range(6)]
+        assert [line["lr"] for line in done.metrics] == pytest.approx(expected, rel=1e-5)
 
 
 def plain_vit() -> Any:
