@@ -68,6 +68,18 @@ def measured_flops(device: torch.device, precision: Precision) -> float:
     return max(_product_flops(device, precision, size) for size in sizes)
 
 
+def measured_int8_operations() -> float:
+    """Operations a second of the best of some int8 products that torch has from oneDNN, on a processor."""
+    best = 0.0
+    for size in (1024, 2048):
+        one = torch.randint(-128, 127, (size, size), dtype=torch.int8)
+        for _ in range(6):
+            began = time.perf_counter()
+            torch._int_mm(one, one)
+            best = max(best, 2.0 * size**3 / (time.perf_counter() - began))
+    return best
+
+
 def _product_flops(device: torch.device, precision: Precision, size: int) -> float:
     one = torch.randn(size, size, device=device)
     best = float("inf")

@@ -126,20 +126,8 @@ def cases(place: Path) -> dict[str, dict[str, Any]]:
 # --- Speed ---------------------------------------------------------------------------------------
 
 
-def int8_ceiling() -> float:
-    """Operations a second of the best of some int8 matrix products that torch has from oneDNN."""
-    best = 0.0
-    for size in (1024, 2048):
-        one = torch.randint(-128, 127, (size, size), dtype=torch.int8)
-        for _ in range(6):
-            began = time.perf_counter()
-            torch._int_mm(one, one)
-            best = max(best, 2.0 * size**3 / (time.perf_counter() - began))
-    return best
-
-
 def speed(given: argparse.Namespace) -> None:
-    peaks = {"fp32": ceiling("fp32"), "bf16": ceiling("bf16"), "int8": int8_ceiling()}
+    peaks = {"fp32": ceiling("fp32"), "bf16": ceiling("bf16"), "int8": ceiling("int8")}
     told = ", ".join(f"{peak / 1e9:.0f} {name}" for name, peak in peaks.items())
     print(f"matrix products reach, in G operations a second: {told}\n")
     for name in given.models:

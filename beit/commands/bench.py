@@ -2,7 +2,8 @@
 
 Every case runs in a process of its own, so that its peak memory is its own; the rounds go through all
 cases in turn, so that what else the machine does meets all of them. Only the model is timed: its input is
-prepared noise. The ceiling is what a product of two matrices reaches here in the same number format.
+prepared noise. The ceiling is what a product of two matrices reaches here in the same number format, on as
+many threads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 from rich.console import Console
@@ -26,7 +28,7 @@ from rich.table import Table
 
 from beit.checkpoints import load_model, save
 from beit.engine import Engine, machine
-from beit.flops import forward_flops, measured_flops
+from beit.flops import forward_flops, measured_flops, measured_int8_operations
 from beit.graphs import installed, is_graph, multiplies_bf16, open_graph
 from beit.model import BeitConfig, BeitForImageClassification
 
@@ -63,7 +65,9 @@ def bench(settings: Bench) -> dict[str, Any]:
             for name, case in cases.items():
                 runs[name].append(in_a_process(case))
     flops = forward_flops(config_of(settings))
-    peaks = {p: ceiling(p) / 1e9 for p in ("fp32", "bf16")}
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    peaks = {p: ceiling(p) / 1e9 for p in ("fp32", "bf16", "int8")}
     rows = [row(name, batch, runs[name], flops) for name in runs for batch in settings.batch_sizes]
     for each in rows:
         peak, speed = peaks.get(each["precision"]), each["gflops"]
@@ -126,9 +130,9 @@ def config_of(settings: Bench) -> BeitConfig:
 
 
 def ceiling(precision: str) -> float:
-    """FLOP/s of a product of matrices on this processor."""
-    import torch
-
+    """Operations a second of a product of matrices on this processor."""
+    if precision == "int8":
+        return measured_int8_operations()
     return measured_flops(torch.device("cpu"), precision)
 
 
@@ -139,7 +143,7 @@ def in_a_process(case: dict[str, Any]) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(f"{case['runtime']} {case['precision']} failed:\n{done.stderr}")
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**measured, "precision": case["precision"]}
+    return measured
 
 
 def row(name: str, batch: int, runs: list[dict[str, Any]], flops: float) -> dict[str, Any]:
@@ -156,7 +160,7 @@ def row(name: str, batch: int, runs: list[dict[str, Any]], flops: float) -> dict
         "ms_p99": p99,
         "ms_min": float(ms.min()),
         "batches": len(ms),
-        "peak_mib": max(run["peak_mib"] for run in runs),
+        "peak_mib": max(run["peak_mib"][str(batch)] for run in runs),
         "gflops": speed * flops / 1e9,
     }
 
@@ -188,10 +192,11 @@ def show(result: dict[str, Any]) -> None:
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds a batch, {batch: [...]}, and the peak memory of this process."""
-    run, size = runner(case)
+    """Milliseconds a batch, {batch: [...]}, the peak memory up to it, {batch: MiB}, and the precision."""
+    run, size, precision = runner(case)
     ms: dict[str, list[float]] = {}
-    for batch in case["batch_sizes"]:
+    peaks: dict[str, float] = {}
+    for batch in sorted(case["batch_sizes"]):
         images = np.random.default_rng(0).standard_normal((batch, 3, *size), np.float32)
         run(images)
         ms[str(batch)] = []
@@ -199,14 +204,13 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             began = time.perf_counter()
             run(images)
             ms[str(batch)].append(1000 * (time.perf_counter() - began))
-    return {"ms": ms, "peak_mib": peak_mib()}
+        peaks[str(batch)] = peak_mib()
+    return {"ms": ms, "peak_mib": peaks, "precision": precision}
 
 
-def runner(case: dict[str, Any]) -> tuple[Any, tuple[int, int]]:
-    """What answers (B, 3, H, W) float32, and the (H, W) it takes."""
+def runner(case: dict[str, Any]) -> tuple[Any, tuple[int, int], str]:
+    """What answers (B, 3, H, W) float32, the (H, W) it takes, and the precision it computes in."""
     if case["runtime"] in ("transformers", "timm"):
-        import torch
-
         if case["threads"]:
             torch.set_num_threads(case["threads"])
         model, size = rival(case["runtime"], case["model"])
@@ -215,13 +219,14 @@ def runner(case: dict[str, Any]) -> tuple[Any, tuple[int, int]]:
             with torch.no_grad():
                 return model(torch.from_numpy(images))
 
-        return run, size
+        return run, size, case["precision"]
     if case["runtime"] == "file":
         engine = Engine(case["model"], threads=case["threads"])
     else:
         engine = Engine(case["model"], case["runtime"], case["precision"], case["threads"])
     classifies = engine._has_classifier()
-    return (engine.logits_array if classifies else engine.features_array), engine.image_spec.size
+    answer = engine.logits_array if classifies else engine.features_array
+    return answer, engine.image_spec.size, engine.precision
 
 
 def rival(name: str, folder: str) -> tuple[Any, tuple[int, int]]:

@@ -13,6 +13,7 @@ import beit.commands.bench as bench
 from beit.checkpoints import load_model
 from beit.export import export
 from beit.flops import forward_flops
+from beit.graphs import installed, multiplies_bf16
 
 from .conftest import Done
 
@@ -43,6 +44,7 @@ def test_each_case_has_a_row_for_each_batch_size(cli: Cli, finetuned: Done, tmp_
         assert row["images_per_second"] == pytest.approx(2000 / row["ms_p50"])
         gflops = row["images_per_second"] * forward_flops(model.config) / 1e9
         assert row["gflops"] == pytest.approx(gflops)
+        assert set(result["ceiling_gflops"]) == {"fp32", "bf16", "int8"}
         share = gflops / result["ceiling_gflops"]["fp32"]
         assert row["share_of_ceiling"] == pytest.approx(share)
         assert row["peak_mib"] > 100
@@ -55,11 +57,27 @@ def test_what_is_timed_is_the_model_beside_the_same_weights_in_transformers(
     answers = []
     for runtime in ("torch", "transformers"):
         case = {"runtime": runtime, "precision": "fp32", "model": str(finetuned.folder), "threads": None}
-        run, size = bench.runner(case)
-        assert size == (32, 32)
+        run, size, precision = bench.runner(case)
+        assert (size, precision) == ((32, 32), "fp32")
         answer = run(images)
         answers.append(np.asarray(getattr(answer, "logits", answer)))
     np.testing.assert_allclose(answers[0], answers[1], atol=1e-4)
+
+
+@pytest.mark.skipif(not installed("openvino"), reason="openvino is not installed")
+def test_a_file_is_timed_in_the_precision_that_the_engine_computes_it_in(
+    cli: Cli, finetuned: Done, tmp_path: Path
+) -> None:
+    file = tmp_path / "graph.xml"
+    export(load_model(finetuned.folder), file, "openvino")
+    words = {"repeats": 1, "rounds": 1, "threads": 1, "json": True}
+    code, out, _ = cli("bench", file, "--batch-sizes", "3", "1", **words)
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert [row["batch"] for row in rows] == [3, 1]
+    assert {row["precision"] for row in rows} == {"bf16" if multiplies_bf16() else "fp32"}
+    assert all(row["share_of_ceiling"] > 0 for row in rows)
+    assert rows[0]["peak_mib"] >= rows[1]["peak_mib"]
 
 
 def test_a_wrong_file_is_named_before_anything_is_timed(cli: Cli, tmp_path: Path) -> None:
