@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
@@ -17,6 +17,9 @@ from cyclopts.types import PositiveInt
 from beit.atomic import check_place, replacing
 from beit.data import ImageSource, TooManyBadImages, find_pictures
 from beit.engine import Engine, Entry, Picture, Precision, Prediction, Runtime
+
+if TYPE_CHECKING:
+    from beit.run import Progress
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 ROWS = 4096  # of a Parquet file, written at once
@@ -81,8 +84,8 @@ def classify(settings: Classify) -> None:
     answers = engine.classify(each_picture(places), settings.top)
     if out is not None:
         width = min(settings.top, len(engine.labels))
-        with WRITERS[out.suffix](out, width) as write:
-            done, failed = write_all(answers, write)
+        with progress_of(places) as progress, WRITERS[out.suffix](out, width) as write:
+            done, failed = write_all(answers, write, progress.update)
         print(f"{done} pictures classified into {out}", file=sys.stderr)
     elif settings.json:
         done, failed = write_all(answers, lambda answer: print_json(answer, sys.stdout))
@@ -115,12 +118,24 @@ def each_picture(places: list[ImageSource | str]) -> Iterator[Picture]:
 Write = Callable[[Prediction], Any]
 
 
-def write_all(answers: Iterator[Prediction], write: Write) -> tuple[int, int]:
+def progress_of(places: list[ImageSource | str]) -> Progress:
+    """How far it is: a bar on a terminal, elsewhere a line each half minute; nothing of a list on stdin."""
+    from beit.run import Progress  # waits for torch
+
+    total = sum(len(place) if isinstance(place, ImageSource) else 1 for place in places)
+    return Progress("pictures", total, quiet="-" in places)
+
+
+def write_all(
+    answers: Iterator[Prediction], write: Write, tell: Callable[[int], Any] | None = None
+) -> tuple[int, int]:
     """Write each answer as it comes; how many there were, and how many of them errors."""
     done = failed = 0
     for answer in answers:
         write(answer)
         done, failed = done + 1, failed + (answer.error is not None)
+        if tell is not None:
+            tell(done)
     return done, failed
 
 

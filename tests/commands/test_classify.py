@@ -18,6 +18,7 @@ from conftest import ENVIRONMENT, Cli
 from beit.checkpoints import load_model, save
 from beit.commands.classify import write_table
 from beit.engine import Engine, Prediction
+from beit.run import Progress
 
 from .conftest import Done
 
@@ -80,6 +81,19 @@ def test_json_is_one_object_a_line_and_nothing_else(cli: Cli, finetuned: Done, p
         assert content["label"] == answer.label
         assert content["score"] == pytest.approx(answer.score)
         assert len(content["top"]) == (2 if answer.label else 0)
+
+
+def test_a_file_tells_how_far_it_is(
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def update(progress: Progress, done: int, text: str = "") -> None:
+        told.append((done, progress.total, progress.quiet))
+
+    monkeypatch.setattr(Progress, "update", update)
+    cli("classify", photos, model=finetuned.folder, out=tmp_path / "answers.jsonl")
+    assert told == [(done, 5, False) for done in range(1, 6)]
 
 
 def test_csv_has_a_row_a_picture_in_their_order(

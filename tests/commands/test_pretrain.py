@@ -272,6 +272,7 @@ def test_pretraining_goes_on_from_a_trained_model_at_another_size(
     larger = run(tmp_path / "2", "pretrain", shapes / "train", **options, img_size=48)
     assert "resized rel_pos_bias.relative_position_bias_table" in larger.said
     assert load(larger.folder).config.img_size == 48
+    assert "the tokenizer sees views of 48 x 48 here, though it was trained on 32 x 32" in larger.said
 
 
 def test_a_run_does_not_go_on_with_other_pictures_or_tokens(
