@@ -4,7 +4,7 @@
 # make bench  the measured tables of benchmarks/results (minutes to hours; not part of make test)
 # make chaos  200 kills, 50 stops, full disks, damaged files, NaNs (20 to 60 min; make test does a few of each)
 # make chaos-embed  200 kills of beit embed on 5,000 pictures (minutes)
-# make soak   64 threads at one engine for a minute
+# make soak   64 threads at one engine for a minute, by torch and by OpenVINO
 # Each sets up .venv first. `make demo DEMO_ARGS=--fast` takes under a minute.
 
 PYTHON ?= python3
@@ -39,6 +39,7 @@ chaos-embed: .venv/installed
 
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_engine.py --seconds 60
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_engine.py --seconds 60 --runtime openvino
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
