@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,22 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, command_line
 
-from .conftest import PRETRAIN, TOKENIZER, Done, run
+from beit.run import read_metrics
+
+from .conftest import PRETRAIN, TOKENIZER, Done, run, same_weights
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun of POSIX")
 
 
+def line(out: Path, *words: str | Path, **options: object) -> list[str]:
+    """`torchrun --nproc-per-node 2 -m beit ...`, in words."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*command, "-m", "beit", *command_line(*words, out=out, **options)]
+
+
 def torchrun(out: Path, *words: str | Path, code: int = 0, **options: object) -> str:
     """`torchrun --nproc-per-node 2 -m beit ...`; what was said on stderr. Its own code is 0 or 1."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "beit", *command_line(*words, out=out, **options)]
+    command = line(out, *words, **options)
     done = subprocess.run(
         command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, cwd=ROOT
     )
@@ -73,6 +83,36 @@ def test_one_process_goes_on_from_two(
     assert "going on from step 4 of 6" in went_on.said
     one = run(tmp_path / "one", "pretrain", shapes / "train", **options)
     close(went_on.weights, one.weights)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+@pytest.mark.parametrize("how", [{}, {"shard": True}], ids=["ddp", "fsdp"])
+def test_two_processes_one_killed_then_both_stopped_end_bit_for_bit_as_if_not(
+    shapes: Path, tmp_path: Path, short: dict[str, Any], how: dict[str, Any]
+) -> None:
+    """SIGKILL takes one of torchrun's two away; SIGTERM goes to torchrun, which hands it on."""
+    options = {**short, **how, "steps": 120, "save_every": 10, "log_every": 1}
+    out, step = tmp_path / "broken", 0
+    for blow, least in ((signal.SIGKILL, 12), (signal.SIGTERM, 34)):
+        command = line(out, "pretrain", shapes / "train", **options)
+        process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while len(read_metrics(out / "metrics.jsonl")) < least:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(process.pid if blow == signal.SIGTERM else int(ranks[-1]), blow)
+        said = process.communicate()[1]
+        assert process.returncode not in (None, 0)
+        assert not (out / "config.json").exists()
+        assert not step or f"going on from step {step} of 120" in said
+        step = max(int(folder.name[5:]) for folder in (out / "checkpoints").glob("step-*"))
+        assert least - 10 < step < 120
+    assert f"stopped and saved at step {step} of 120" in said
+    assert f"going on from step {step} of 120" in torchrun(out, "pretrain", shapes / "train", **options)
+    torchrun(tmp_path / "whole", "pretrain", shapes / "train", **options)
+    broken, whole = (Done(folder, {}, "") for folder in (out, tmp_path / "whole"))
+    same_weights(broken, whole)
+    assert [m["loss"] for m in broken.metrics] == [m["loss"] for m in whole.metrics]
 
 
 @pytest.mark.parametrize("kind", ["dvae", "vqkd"])
