@@ -97,6 +97,16 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [points[i] for i in np.linspace(0, len(points) - 1, MOST_POINTS).astype(int)]
 
 
+def ticks(values: list[float], digits: int) -> list[str]:
+    """Numbers of an axis, with as many digits as tell them apart; large ones whole, with commas."""
+    words: list[str] = []
+    for more in range(digits, 9):
+        words = [f"{value:.{more}g}" for value in values]
+        if len(set(words)) == len(words):
+            break
+    return [f"{v:,.0f}" if "e+" in word else word for v, word in zip(values, words, strict=True)]
+
+
 def line_chart(
     lines: dict[str, list[tuple[float, float]]], x_label: str, y_label: str, width: int = 460
 ) -> str:
@@ -117,14 +127,16 @@ def line_chart(
         return across, height - bottom - (y - y0) / (y1 - y0) * (height - bottom - top)
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(y_label)}">']
-    for i in range(5):
-        y_value, x_value = y0 + (y1 - y0) * i / 4, x0 + (x1 - x0) * i / 4
+    x_values, y_values = (np.linspace(*ends, 5).tolist() for ends in ((x0, x1), (y0, y1)))
+    for x_value, y_value, x_words, y_words in zip(
+        x_values, y_values, ticks(x_values, 4), ticks(y_values, 3), strict=True
+    ):
         _, y = place(x0, y_value)
         x, _ = place(x_value, y0)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{y_value:.3g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{y_words}</text>')
         parts.append(
-            f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{x_value:.4g}</text>'
+            f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{x_words}</text>'
         )
     for i, (name, line) in enumerate(clean.items()):
         colour = COLOURS[i % len(COLOURS)]

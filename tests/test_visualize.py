@@ -27,6 +27,7 @@ from beit.visualize import (
     png_bytes,
     spread,
     strip,
+    ticks,
     to_bytes,
 )
 
@@ -146,6 +147,14 @@ def test_axes_name_the_range_and_the_quantities() -> None:
     assert "step <n>" in words
     assert "loss & co" in words
     assert svg.attrib["aria-label"] == "loss & co"
+
+
+def test_numbers_of_an_axis_differ_and_are_no_powers() -> None:
+    assert ticks([4.548, 4.5485, 4.549], 3) == ["4.548", "4.5485", "4.549"]
+    assert ticks([947.0, 1083.5, 1220.0], 3) == ["947", "1,084", "1,220"]
+    assert ticks([0.0, 25000.0, 50000.0], 4) == ["0", "25,000", "50,000"]
+    assert ticks([1e-5, 2e-5, 3e-5], 3) == ["1e-05", "2e-05", "3e-05"]
+    assert ticks([2.0, 2.0], 3) == ["2", "2"]
 
 
 def test_points_that_are_not_finite_are_left_out() -> None:
