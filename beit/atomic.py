@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 from collections.abc import Iterator
@@ -15,10 +16,24 @@ class CannotWrite(ValueError):
     exit_code = 6
 
 
+def not_there(place: str | Path) -> str:
+    """That a path leads nowhere, with a name beside it that may have been meant."""
+    path = Path(place)
+    if "://" in str(place):
+        return f"{place} does not exist; check the address"
+    if not path.parent.is_dir():
+        return f"{place} does not exist, nor does its folder {path.parent}; check the path"
+    near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
+    cure = f"did you mean {path.parent / near[0]}?" if near else "check the path"
+    return f"{place} does not exist; {cure}"
+
+
 def check_place(file: Path | None) -> None:
     """Raise CannotWrite for a file in a folder that does not exist, before any work is done for it."""
     if file is not None and not file.parent.is_dir():
-        raise CannotWrite(f"cannot write {file}: {file.parent} is not a folder")
+        raise CannotWrite(
+            f"cannot write {file}: {file.parent} is not a folder; make it, or name another place"
+        )
 
 
 def write_atomically(file: Path, content: bytes) -> None:

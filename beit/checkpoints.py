@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from beit.atomic import write_atomically, write_together
+from beit.atomic import not_there, write_atomically, write_together
 from beit.configs import (
     DEFAULT_LABELS,
     FORMAT,
@@ -210,7 +210,7 @@ def find_weights(
                 return _timm_folder(path, content, num_heads, early_layer)
             return _transformers_folder(path, content, num_heads, early_layer)
         if not path.exists():
-            raise CheckpointError(f"{path} does not exist")
+            raise CheckpointError(not_there(path))
         return _single_file(path, img_size, num_heads, early_layer)
     except (CheckpointError, RefusedFile):
         raise
@@ -332,8 +332,8 @@ def _single_file(
     elif layout == "unknown":
         what = what_no_beit_has(tensors)
         raise CheckpointError(
-            f"{path} has no tensors of a BEiT; its first are {', '.join(list(tensors)[:4]) or 'none'}"
-            + (f". It is a ViT with {what}; {EXPORT}" if what else "")
+            f"{path} has no tensors of a BEiT; its first are {', '.join(list(tensors)[:4]) or 'none'}; "
+            + (f"it is a ViT with {what}; {EXPORT}" if what else "docs/formats.md lists what is read")
         )
     found = _from_blocks(path, tensors, num_heads, early_layer, img_size)
     wrapped = bool(rest) or any("relative_position_index" in name for name in found.ignored)
@@ -462,7 +462,7 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{file} does not exist") from None
     except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+        raise CheckpointError(f"{file} is damaged: {error}; get or copy it again") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -472,7 +472,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"the run {folder} has not finished; give its command again and it will go on"
             )
-        raise CheckpointError(f"{folder} has no config.json, so it is not a model folder")
+        raise CheckpointError(
+            f"{folder} has no config.json, so it is not a model folder; "
+            "give one, or a name that `beit models` lists"
+        )
     return _read_json(file)
 
 
@@ -697,7 +700,7 @@ def _tokenizer_folder(path: Path) -> AnyTokenizer:
 
 def _tokenizer_file(path: Path, num_heads: int | None) -> AnyTokenizer:
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(not_there(path))
     tensors = _file_tensors(path)[1]
     layout = layout_of(tensors)
     if layout == "dalle":

@@ -22,6 +22,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from beit.atomic import not_there
 from beit.image import IMAGE_EXTENSIONS, BadImage, OpenImage, open_image
 from beit.listing import (
     Listing,
@@ -88,7 +89,7 @@ class ImageSource:
         if unknown:
             raise ValueError(
                 f"the data has classes the model does not know: {_some(unknown)}; "
-                f"the model's are {_some(list(classes))}"
+                f"the model's are {_some(list(classes))}; rename those, or take them out"
             )
         absent = [name for name in classes if name not in present]
         if absent:
@@ -116,7 +117,7 @@ def open_source(location: str | Path, split: str = "train", labelled: bool = Fal
     if re.search(r"[*?{[]", place) and not exists(place):
         listing = _list_shards(expand(place), place)
     elif not exists(place):
-        raise ValueError(f"{place} does not exist")
+        raise ValueError(not_there(place))
     elif is_folder(place):
         listing = _list_folder(place, split)
     elif place.endswith((".tar", ".parquet")):
@@ -168,8 +169,8 @@ def find_pictures(places: list[str], command: str) -> list[ImageSource | str]:
             found.append(place)
     files = [place for place in found if isinstance(place, str)]
     if files and len(files) == len(found) and not any(p == "-" or exists(p) for p in files):
-        more = f", nor do {len(files) - 1} others" if len(files) > 1 else ""
-        raise ValueError(f"{files[0]} does not exist{more}")
+        more = f" Nor do {len(files) - 1} others exist." if len(files) > 1 else ""
+        raise ValueError(f"{not_there(files[0])}{more}")
     return found
 
 

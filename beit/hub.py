@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from beit.atomic import not_there
+
 
 class HubError(ValueError):
     """A model that cannot be found or fetched: why, and what to type next."""
@@ -235,7 +237,7 @@ def _unknown(source: str) -> str:
     if re.fullmatch(r"[\w-]+/[\w.-]+(@.+)?", source):
         return f"{source} does not exist; for a folder of the hub write hub:{source}"
     if os.path.dirname(source):
-        return f"{source} does not exist"
+        return f"{not_there(source)} (`beit models` lists the released ones)"
     near = difflib.get_close_matches(source, _FOLDERS, n=3)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{source} does not exist and is no released model's name; {meant}`beit models` lists them"

@@ -524,7 +524,9 @@ def _tar_members(file: str) -> list[tuple[str, str | None, int, int]]:
                     if label is not None:
                         labels[key], taken[key] = label, ranks[extension]
     except tarfile.TarError as error:
-        raise ValueError(f"{file} is not a whole, uncompressed tar ({error})") from error
+        raise ValueError(
+            f"{file} is not a whole, uncompressed tar ({error}); `beit shard` makes such"
+        ) from error
     plain = {key for key, name, _, _ in pictures if "." not in name[len(key) + 1 :]}
     # KEY.jpg hides KEY.mask.png, which belongs to it; IMG.2020.jpg alone is a picture.
     pictures = [p for p in pictures if p[0] not in plain or "." not in p[1][len(p[0]) + 1 :]]

@@ -162,7 +162,9 @@ class Run:
                 write_atomically(file, to_toml(described).encode())
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
-            raise CannotWrite(f"cannot write the run folder {self.out}: {error}") from error
+            raise CannotWrite(
+                f"cannot write the run folder {self.out}: {error.strerror or error}; choose another --out"
+            ) from error
 
     def _check_same(self, described: dict[str, Any], paths: set[str]) -> None:
         file = self.out / "run.toml"

@@ -166,7 +166,8 @@ def test_a_wrong_word_ends_with_2_and_is_named_on_stderr(
 def test_a_model_that_cannot_be_used_ends_with_5(cli: Cli, tmp_path: Path) -> None:
     code, out, err = cli("evaluate", tmp_path, model=tmp_path / "nothing")
     assert (code, out) == (5, "")
-    assert err == f"beit: {tmp_path / 'nothing'} does not exist"
+    cure = "check the path (`beit models` lists the released ones)"
+    assert err == f"beit: {tmp_path / 'nothing'} does not exist; {cure}"
 
 
 def test_a_place_that_cannot_be_written_ends_with_6(cli: Cli, shapes: Path, tmp_path: Path) -> None:

@@ -118,8 +118,11 @@ def test_a_path_stays_a_path_whatever_it_is_called(
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("/nowhere/model", r"^/nowhere/model does not exist$"),
-        ("runs/flowers/best", r"^runs/flowers/best does not exist$"),
+        ("/nowhere/model", r"^/nowhere/model does not exist, nor does its folder /nowhere; check"),
+        (
+            "runs/flowers/best",
+            r"^runs/flowers/best does not exist, nor does its folder runs/flowers; check",
+        ),
         ("flowers", "flowers does not exist and is no released model's name; `beit models` lists them"),
         ("beit_base_patch16_384", "did you mean .*beit-base-patch16-384"),
         ("beit_base_patch16_384_pt22k_ft22kto1k.pth", "mean beit_base_patch16_384_pt22k_ft22kto1k or"),

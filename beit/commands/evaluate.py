@@ -25,7 +25,7 @@ from cyclopts.types import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from beit.atomic import check_place, write_atomically
+from beit.atomic import check_place, not_there, write_atomically
 from beit.classifier_report import Answers, about, how_good, same_pictures
 from beit.data import ImageSource, SomeSkipped, TooManyBadImages, has_split, open_source
 from beit.engine import Engine
@@ -357,7 +357,7 @@ def by_synonym(labels: Sequence[str], present: Sequence[str]) -> list[str]:
 def real_labels(file: Path, source: ImageSource, num_classes: int) -> list[list[int]]:
     """The accepted classes of each picture, from a list over ImageNet's 50,000 validation pictures."""
     if not file.exists():
-        raise ValueError(f"--real-labels {file} does not exist")
+        raise ValueError(f"--real-labels {not_there(file)}")
     lists = json.loads(file.read_text())
     found = [re.search(r"ILSVRC2012_val_(\d{8})", source.name(i)) for i in range(len(source))]
     places = [int(match[1]) - 1 if match else -1 for match in found]

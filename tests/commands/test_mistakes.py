@@ -143,7 +143,7 @@ EMPTY = lambda place: place.folder("nothing")  # noqa: E731
 
 MISTAKES: dict[str, Mistake] = {
     "finetune: no such folder": Mistake(
-        finetune(lambda p: p.mine / "flower"), 2, ("flower does not exist",)),
+        finetune(lambda p: p.mine / "flower"), 2, ("flower does not exist", "check the path")),
     "finetune: empty folder": Mistake(finetune(EMPTY), 2, ("holds no pictures",)),
     "finetune: no pictures in it": Mistake(
         finetune(lambda p: p.file("texts/a.txt", "hello").parent), 2, ("holds no pictures", ".png")
@@ -193,7 +193,8 @@ MISTAKES: dict[str, Mistake] = {
         finetune(good, "-m", "beit_min_patch8_32"), 2, ("did you mean beit_mini_patch8_32",)
     ),
     "finetune: a model that is not there": Mistake(
-        finetune(good, "-m", lambda p: p.mine / "models" / "best"), 5, ("best does not exist",)
+        finetune(good, "-m", lambda p: p.mine / "models" / "best"), 5,
+        ("best does not exist", "check the path", "`beit models`"),
     ),
     "finetune: pictures as the model": Mistake(finetune(good, "-m", good), 5, ("has no config.json",)),
     "finetune: a tokenizer as the model": Mistake(
@@ -227,7 +228,7 @@ MISTAKES: dict[str, Mistake] = {
     "finetune: words for a number": Mistake(finetune(good, "--epochs", "many"), 2, ("--epochs", "many")),
     "finetune: no such option": Mistake(finetune(good, "--epoch", 3), 2, ("--epoch", "--epochs")),
     "finetune: no such validation pictures": Mistake(
-        finetune(good, "--val", lambda p: p.mine / "vl"), 2, ("vl does not exist",)
+        finetune(good, "--val", lambda p: p.mine / "vl"), 2, ("vl does not exist", "check the path")
     ),
     "finetune: more than all for validation": Mistake(
         finetune(good, "--val-share", 20), 2, ("val_share 20.0", "0.2 is usual")
@@ -264,13 +265,14 @@ MISTAKES: dict[str, Mistake] = {
         lambda p: ["probe", p.shapes, "-m", p.encoder, "--kinds", "liner"], 2, ("liner", "linear")
     ),
     "probe: no such folder": Mistake(
-        lambda p: ["probe", p.mine / "x", "-m", p.encoder], 2, ("x does not exist",)
+        lambda p: ["probe", p.mine / "x", "-m", p.encoder], 2, ("x does not exist", "check the path")
     ),
     "probe: no such model": Mistake(
-        lambda p: ["probe", p.shapes, "-m", p.mine / "m"], 5, ("m does not exist",)
+        lambda p: ["probe", p.shapes, "-m", p.mine / "m"], 5, ("m does not exist", "check the path")
     ),
     "probe: nowhere to write": Mistake(
-        lambda p: ["probe", p.shapes, "-m", p.encoder, "-o", p.mine / "no" / "a.json"], 6, ("not a folder",)
+        lambda p: ["probe", p.shapes, "-m", p.encoder, "-o", p.mine / "no" / "a.json"], 6,
+        ("not a folder", "make it"),
     ),
     "evaluate: a pre-trained model": Mistake(
         lambda p: ["evaluate", p.shapes, "-m", p.encoder], 5, ("no classifier", "beit finetune")
@@ -296,7 +298,7 @@ MISTAKES: dict[str, Mistake] = {
     "evaluate: no real labels there": Mistake(
         lambda p: ["evaluate", p.shapes, "-m", p.classifier, "--real-labels", "real.json"],
         2,
-        ("real.json does not exist",),
+        ("real.json does not exist", "check the path"),
     ),
     "evaluate: nowhere for the page": Mistake(
         lambda p: ["evaluate", p.shapes, "-m", p.classifier, "--report", p.mine / "no" / "a.html"],
@@ -307,7 +309,8 @@ MISTAKES: dict[str, Mistake] = {
         lambda p: ["classify", p.data, "-m", p.encoder], 5, ("no classifier", "beit finetune")
     ),
     "classify: no such picture": Mistake(
-        lambda p: ["classify", p.mine / "cat.jpg", "-m", p.classifier], 2, ("cat.jpg",)
+        lambda p: ["classify", p.mine / "cat.jpg", "-m", p.classifier], 2,
+        ("cat.jpg does not exist", "check the path"),
     ),
     "classify: no pictures there": Mistake(
         lambda p: ["classify", EMPTY(p), "-m", p.classifier], 2, ("holds no pictures",)
@@ -319,10 +322,11 @@ MISTAKES: dict[str, Mistake] = {
     "classify: nowhere to write": Mistake(
         lambda p: ["classify", p.data, "-m", p.classifier, "-o", p.mine / "no" / "a.csv"],
         6,
-        ("not a folder",),
+        ("not a folder", "make it"),
     ),
     "pretrain: no tokenizer there": Mistake(
-        lambda p: ["pretrain", p.data, "--tokenizer", p.mine / "t", "-o", p.out], 5, ("t does not exist",)
+        lambda p: ["pretrain", p.data, "--tokenizer", p.mine / "t", "-o", p.out], 5,
+        ("t does not exist", "check the path"),
     ),
     "pretrain: a classifier as the tokenizer": Mistake(
         lambda p: ["pretrain", p.data, "--tokenizer", p.classifier, "-o", p.out], 5, ("tokenizer",)
@@ -366,3 +370,13 @@ def test_a_full_disk_says_what_to_do_and_keeps_what_was_saved(
     assert "cannot write" in err
     assert "Make room there, then give the same command to go on" in err
     monkeypatch.undo()
+
+
+def test_a_name_beside_a_wrong_one_is_offered(place: Place, cli: Cli) -> None:
+    for words, meant in (
+        (("check", place.mine / "date"), place.data),
+        (("info", place.encoder.with_name(place.encoder.name[:-1])), place.encoder),
+    ):
+        code, _, err = cli(*words)
+        assert code in (2, 5)
+        assert f"did you mean {meant}?" in err
