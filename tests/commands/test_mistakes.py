@@ -363,13 +363,21 @@ def test_there_are_sixty() -> None:
 def test_a_full_disk_says_what_to_do_and_keeps_what_was_saved(
     place: Place, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(place.mine)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    code, _, err = cli(*finetune(good)(place))
+    usage, saved = shutil.disk_usage(place.mine), place.out / "checkpoints" / "step-00000002"
+
+    def left(_: object) -> object:
+        return usage._replace(free=1000) if saved.exists() else usage
+
+    command = finetune(good, "--steps", 6, "--save-every", 2)(place)
+    monkeypatch.setattr(shutil, "disk_usage", left)
+    code, _, err = cli(*command)
     assert code == 6
     assert "cannot write" in err
     assert "Make room there, then give the same command to go on" in err
     monkeypatch.undo()
+    code, _, err = cli(*command)
+    assert code == 0
+    assert "going on from step 2 of 6" in err
 
 
 def test_a_name_beside_a_wrong_one_is_offered(place: Place, cli: Cli) -> None:
