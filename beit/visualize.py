@@ -135,8 +135,10 @@ def line_chart(
         x, _ = place(x_value, y0)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{y_words}</text>')
+        last = x_value == x_values[-1]  # ends with the picture, which would cut it
+        where, anchor = (width - 1, "end") if last else (round(x, 1), "middle")
         parts.append(
-            f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{x_words}</text>'
+            f'<text x="{where}" y="{height - bottom + 16}" text-anchor="{anchor}">{x_words}</text>'
         )
     for i, (name, line) in enumerate(clean.items()):
         colour = COLOURS[i % len(COLOURS)]
