@@ -136,10 +136,8 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
         distributed.size(),
     )
     total = settings.steps or settings.epochs * loader.steps_per_epoch
-    warmup, min_lr = (
-        min(100, total // 10),
-        settings.lr / 100 if settings.min_lr is None else settings.min_lr,
-    )
+    min_lr = settings.lr / 100 if settings.min_lr is None else settings.min_lr
+    warmup = min(100, total // 10)
     if settings.warmup_epochs is not None:
         warmup = min(total, round(settings.warmup_epochs * loader.steps_per_epoch))
 
