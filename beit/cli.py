@@ -61,6 +61,10 @@ COMMANDS = {
         "Embed any number of pictures, in shards; goes on where it was stopped.",
         "beit embed photos/ -m base-224 -o vectors",
     ),
+    "serve": (
+        "Answer over HTTP on this machine: classes or features of the pictures that are sent.",
+        "beit serve -m flowers.run",
+    ),
     "search": (
         "Find the pictures of `beit embed` that are most like one.",
         "beit search vectors photo.jpg --sheet sheet.jpg",

@@ -301,7 +301,7 @@ class Engine:
         return int(self._about.config["depth"])
 
     def _check_classifier(self) -> None:
-        if self._has_classifier():
+        if self.has_classifier:
             return
         from beit.checkpoints import CheckpointError
 
@@ -309,7 +309,9 @@ class Engine:
             f"{self.name} has no classifier; fine-tune it first: beit finetune DATA -m MODEL -o RUN"
         )
 
-    def _has_classifier(self) -> bool:
+    @property
+    def has_classifier(self) -> bool:
+        """Whether it can classify; every model but a graph file of something else can embed."""
         if self._about is not None:
             return self._about.kind == "classification"
         from beit.model import BeitForImageClassification
@@ -447,7 +449,7 @@ class Engine:
         kept = _cache() / f"{self._model_key()}.kind"
         if self._model is None and kept.is_file():
             return Output() if kept.read_text() == "classification" else Output("features")
-        output = Output() if self._has_classifier() else Output("features")
+        output = Output() if self.has_classifier else Output("features")
         write_atomically(kept, output.kind.encode())
         return output
 

@@ -224,7 +224,7 @@ def runner(case: dict[str, Any]) -> tuple[Any, tuple[int, int], str]:
         engine = Engine(case["model"], threads=case["threads"])
     else:
         engine = Engine(case["model"], case["runtime"], case["precision"], case["threads"])
-    classifies = engine._has_classifier()
+    classifies = engine.has_classifier
     answer = engine.logits_array if classifies else engine.features_array
     return answer, engine.image_spec.size, engine.precision
 

@@ -31,6 +31,7 @@ EXTRAS = {
     "parquet": ("pyarrow", "pyarrow", "pictures and results in Parquet"),
     "remote": ("fsspec", "fsspec", "pictures at s3://, gs://, hf://"),
     "demo": ("sklearn", "scikit-learn", "beit demo"),
+    "serve": ("fastapi", "fastapi", "beit serve"),
     "tensorboard": ("tensorboard", "tensorboard", "--tensorboard"),
 }
 # What the kernels of torch and OpenVINO look for, by the names of /proc/cpuinfo.

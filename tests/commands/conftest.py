@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
+import json
+import re
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import command_line
+from conftest import ENVIRONMENT, command_line
 from safetensors.torch import load_file
 
 import beit.run
@@ -118,3 +123,41 @@ def same_weights(one: Done, other: Done) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+@dataclass
+class Served:
+    """A `beit serve` in a process of its own."""
+
+    process: subprocess.Popen[str]
+    host: str
+    port: int
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], Any]:
+        """Status, headers and JSON of the answer to one request."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        content = json.loads(answer.read())
+        connection.close()
+        return answer.status, {k.lower(): v for k, v in answer.getheaders()}, content
+
+
+@contextlib.contextmanager
+def serving(*words: str | Path, **environment: str) -> Iterator[Served]:
+    """Start `beit serve ... --port 0`, and end it by SIGTERM."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "beit", "serve", "--port", "0", *map(str, words)],
+        env={**ENVIRONMENT, **environment}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        told = process.stdout.readline()
+        found = re.search(r"http://([\d.]+):(\d+)$", told.strip())
+        assert found, told
+        yield Served(process, found[1], int(found[2]))
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)

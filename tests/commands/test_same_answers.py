@@ -1,4 +1,4 @@
-"""A thousand pictures: the engine, the command line and exported files name each one alike."""
+"""A thousand pictures: the engine, the command line, exported files and the server name each one alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import beit
 from beit.data import open_source
 from beit.engine import TIE
 
-from .conftest import Done
+from .conftest import Done, serving
 
 COUNT = 1000
 
@@ -35,7 +35,7 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_engine_command_line_and_exported_files_agree_on_every_picture(
+def test_engine_command_line_exported_files_and_server_agree_on_every_picture(
     thousand: Path, finetuned: Done, cli: Cli, tmp_path: Path
 ) -> None:
     source = open_source(thousand)
@@ -70,3 +70,11 @@ def test_engine_command_line_and_exported_files_agree_on_every_picture(
         code, out, err = cli("evaluate", thousand, **options)
         assert code == 0, err
         assert json.loads(out)["top1"] == pytest.approx((labels == truth).mean()), model
+
+    with serving("--model", finetuned.folder, "--precision", "fp32") as server:
+        served = [server.ask("POST", "/v1/classify", (thousand / name).read_bytes()) for name in names]
+    assert {status for status, _, _ in served} == {200}
+    labels = np.array([answer["label"] for _, _, answer in served])
+    assert (labels == expected)[clear].all()
+    scores = np.array([answer["score"] for _, _, answer in served])
+    assert np.allclose(scores, [answer.score for answer in from_python], atol=1e-6)
