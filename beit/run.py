@@ -84,6 +84,7 @@ class Training:
     skipped: int = 0  # updates that were left out, being not finite
     in_a_row: int = 0  # of them, up to now
     rolled_back: int = 0  # times
+    jumped: int = 0  # steps whose batches were passed over
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All there is to save, by file."""
@@ -96,7 +97,8 @@ class Training:
 
     def counters(self) -> dict[str, int]:
         """What state.json holds."""
-        return {key: getattr(self, key) for key in ("step", "skipped", "in_a_row", "rolled_back")}
+        names = ("step", "skipped", "in_a_row", "rolled_back", "jumped")
+        return {name: getattr(self, name) for name in names}
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, int]) -> None:
         """Become what `tensors` and `counters` told."""
@@ -352,7 +354,7 @@ class Run:
         if training.step:
             distributed.say(f"{name}: going on from step {training.step} of {total}")
         frame = _Frame(training, next(model.parameters()).device)
-        back_to = -1  # the checkpoint that was gone back to
+        tried: list[int] = []  # the checkpoints that were gone back to
         self._pace = _Pace(batch_size, flops_per_image, peak_flops * distributed.size(), training)
         progress = Progress(name, total, quiet=not distributed.is_main())
 
@@ -376,7 +378,10 @@ class Run:
                 distributed.say(f"beit: {what}")
             return code
 
-        ahead = iter(batches(range(training.step, total)))
+        def from_here() -> Iterator[T]:
+            return iter(batches(range(training.step + training.jumped, total + training.jumped)))
+
+        ahead = from_here()
         saved = time.monotonic()
         try:
             with stop_signals(rescue) as stop, progress, frame:
@@ -384,7 +389,7 @@ class Run:
                     step = training.step
                     with self._pace.waiting():
                         batch = next(ahead)
-                    torch.manual_seed(step_seed(seed, step, distributed.rank()))
+                    torch.manual_seed(step_seed(seed, step + training.jumped, distributed.rank()))
                     yield step, batch
                     training.step = step + 1
                     progress.update(training.step, self.latest)
@@ -396,9 +401,9 @@ class Run:
                     saving = saving or stopping or due
                     if training.in_a_row >= max_skipped or (saving and not training.is_finite()):
                         with frame.lock:
-                            back_to = self._roll_back(training, back_to)
+                            self._roll_back(training, tried)
                         close(ahead)
-                        ahead = iter(batches(range(training.step, total)))
+                        ahead = from_here()
                     elif saving:
                         with frame.lock:
                             frame.leaving = stopping
@@ -411,27 +416,32 @@ class Run:
         finally:
             close(ahead)
 
-    def _roll_back(self, training: Training, back_to: int) -> int:
-        """Load the last checkpoint, unless that has been tried; returns its step."""
+    def _roll_back(self, training: Training, tried: list[int]) -> None:
+        """Load the last checkpoint, and note it in `tried`; from the second time on with other batches."""
         newest = distributed.on_main(self._newest)
-        step = -1 if newest is None else step_of(newest)
+        step, failed_at = -1 if newest is None else step_of(newest), training.step
         why = f"{training.in_a_row} updates in a row were not finite"
         if not training.in_a_row:
             why = "weights or moments are not finite"
-        if step in (-1, back_to):
-            tried = (
-                "there is no checkpoint to go back to" if step < 0 else f"so they were from step {step}"
+        if step < 0 or tried.count(step) == 2:
+            and_so = (
+                "there is no checkpoint to go back to"
+                if step < 0
+                else f"so they were from step {step}, with these batches and with others"
             )
             raise NotFinite(
-                f"{self.out}: {why} at step {training.step}, and {tried}. "
+                f"{self.out}: {why} at step {failed_at}, and {and_so}. "
                 f"The first such batch is in {self.out / 'nonfinite'}. Begin again in another --out with "
                 "a lower --lr, a --clip-grad-norm, or --precision fp32"
             )
-        distributed.say(f"{self.out.name}: {why} at step {training.step}; going back to step {step}")
-        times = training.rolled_back + 1
+        times, jumped = training.rolled_back + 1, training.jumped
+        passed_over = failed_at - step if step in tried else 0
+        tried.append(step)
         self.resume(training)
         training.rolled_back, training.in_a_row = times, 0
-        return step
+        training.jumped = jumped + passed_over
+        told = f", past the batches of {passed_over} steps" if passed_over else ""
+        distributed.say(f"{self.out.name}: {why} at step {failed_at}; going back to step {step}{told}")
 
     def _capture(self, training: Training, step: int, batch: Any, seed: int) -> None:
         """Keep a batch and the weights that met it, once a process."""
@@ -445,7 +455,8 @@ class Run:
             else:
                 rest[name] = value
         rank = distributed.rank()
-        told = {"step": step, "torch_seed": step_seed(seed, step, rank), "rank": rank, "batch": rest}
+        drawn = step_seed(seed, step + training.jumped, rank)
+        told = {"step": step, "torch_seed": drawn, "rank": rank, "batch": rest}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_tensors(folder / f"batch-{rank}.safetensors", tensors)

@@ -454,7 +454,13 @@ def test_an_update_that_is_not_finite_is_left_out(tmp_path: Path, name: str, ste
         if not key.startswith("ema."):  # which counts steps, not updates
             assert torch.equal(value, ours[key]), key
     state = json.loads((tmp_path / "run/checkpoints/step-00000012/state.json").read_text())
-    assert state == {"step": 12, "skipped": 1, "in_a_row": int(step == 11), "rolled_back": 0}
+    assert state == {
+        "step": 12,
+        "skipped": 1,
+        "in_a_row": int(step == 11),
+        "rolled_back": 0,
+        "jumped": 0,
+    }
 
 
 @pytest.mark.parametrize("step", [5, 7, 11])
@@ -479,20 +485,54 @@ def test_what_is_poisoned_for_good_is_rolled_back(
     assert state["rolled_back"] == 1
 
 
-def test_many_in_a_row_are_rolled_back_once_and_then_end_the_run(tmp_path: Path) -> None:
+def test_many_in_a_row_are_rolled_back_twice_and_then_end_the_run(tmp_path: Path) -> None:
     training = train(
         tmp_path / "run", total=40, poison=lambda *_: math.nan, poison_steps=set(range(6, 40)),
         frame={"max_skipped": 3, "save_every": 5},
     )  # fmt: skip
     with pytest.raises(NotFinite) as caught:
         training.go()
-    assert training.seen == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8]
+    assert training.seen == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7, 8]
     assert "3 updates in a row were not finite at step 9, and so they were from step 5" in str(
         caught.value
     )
     assert "--out" in str(caught.value)
     assert caught.value.exit_code == 1
     assert [p.name for p in training.run.checkpoints.iterdir()] == ["step-00000005"]
+
+
+def test_batches_that_are_never_finite_are_passed_over(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """First the same batches once more, then those behind them; a cut afterwards changes nothing."""
+
+    def go(folder: Path, stop_after: int = 1000) -> tuple[dict[str, Tensor], list[int]]:
+        known = [batch.sum() for batch in train(tmp_path / "other").batches(range(30))]
+        fed: list[int] = []
+
+        def poison(_: Training, batch: Tensor) -> float:
+            fed.append(int(torch.stack(known).sub(batch.sum()).abs().argmin()))
+            return math.nan if fed[-1] in (6, 7, 8) else 1.0
+
+        training = train(
+            folder, poison=poison, poison_steps=set(range(12)), stop_after=stop_after,
+            frame={"max_skipped": 3, "save_every": 5},
+        )  # fmt: skip
+        return training.go(), fed
+
+    ours, fed = go(tmp_path / "run")
+    assert fed == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+    assert (
+        "not finite at step 9; going back to step 5, past the batches of 4 steps"
+        in capfd.readouterr().err
+    )
+    state = json.loads((tmp_path / "run/checkpoints/step-00000012/state.json").read_text())
+    assert state == {"step": 12, "skipped": 0, "in_a_row": 0, "rolled_back": 2, "jumped": 4}
+    with pytest.raises(PowerCut):
+        go(tmp_path / "cut", stop_after=11)
+    again, fed = go(tmp_path / "cut")
+    assert fed == [14, 15]
+    same(again, ours)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
