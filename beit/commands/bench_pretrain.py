@@ -59,7 +59,7 @@ class BenchPretrain:
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
     compile: bool = False
-    """Compile each block with torch.compile."""
+    """Compile each block, and DALL-E's encoder, with torch.compile."""
     device: str = "auto"
     workers: NonNegativeInt = 2
     """Processes that prepare pictures."""
@@ -164,6 +164,8 @@ def make_parts(
     torch.manual_seed(0)
     model = BeitForMaskedImageModeling(config).to(device).train()
     if settings.compile:
+        if isinstance(tokenizer, DalleTokenizer):
+            tokenizer.encoder.compile()
         for block in model.blocks:
             block.compile()
     network = MaskedLogits(model)
