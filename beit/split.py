@@ -129,6 +129,16 @@ class Divided(NamedTuple):
         return [g for g in groups if not train.isdisjoint(g) and not val.isdisjoint(g)]
 
 
+def check_one_label(source: ImageSource, place: Path) -> None:
+    """Refuse a list whose pictures have several labels, where one is needed."""
+    several = [name for name in source.classes if SEPARATOR in name] if place.suffix == ".csv" else []
+    if several:
+        raise ValueError(
+            f"{place} has pictures of several labels, such as {several[0]!r}, and a probe tells one class "
+            f"from the others; give each picture one, or fine-tune on them: beit finetune {place} -m MODEL"
+        )
+
+
 def divide(
     source: ImageSource, val: ImageSource | None, share: float, seed: int, workers: int
 ) -> Divided:

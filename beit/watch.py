@@ -32,7 +32,7 @@ from beit.precision import Precision
 from beit.probe import fit_best_probe, fit_probe, knn_scores, stratified_fifth
 from beit.report import Page
 from beit.run import read_metrics
-from beit.split import take
+from beit.split import check_one_label, take
 from beit.visualize import data_tag, jpeg_bytes, line_chart
 
 MOST_FOR_RANK = 256  # pictures
@@ -198,6 +198,7 @@ def probe_pictures(place: Path, seed: int) -> tuple[ImageSource, ImageSource]:
     and 5,000: all processes wait for a look.
     """
     known = open_source(place, "train", labelled=True)
+    check_one_label(known, place)
     asked, how = known, ""
     if has_split(place, "val"):
         asked = open_source(place, "val", labelled=True).with_classes(known.classes)

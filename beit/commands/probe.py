@@ -43,7 +43,7 @@ from beit.probe import (
     knn_scores,
     stratified_fifth,
 )
-from beit.split import divide, take
+from beit.split import check_one_label, divide, take
 
 SHOTS = (1, 5, 10)
 
@@ -160,6 +160,7 @@ def sides(settings: Probe) -> tuple[ImageSource, ImageSource]:
     """Pictures to fit to, and others to score on: those of a split, or a fifth of each class."""
     data, split = settings.data, settings.split
     train = open_source(data, "train", labelled=True)
+    check_one_label(train, data)
     if has_split(data, "train") and has_split(data, split) and split != "train":
         test = open_source(data, split, labelled=True).with_classes(train.classes)
         return train, test

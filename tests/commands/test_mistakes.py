@@ -264,6 +264,10 @@ MISTAKES: dict[str, Mistake] = {
     "probe: no such kind": Mistake(
         lambda p: ["probe", p.shapes, "-m", p.encoder, "--kinds", "liner"], 2, ("liner", "linear")
     ),
+    "probe: several labels a picture": Mistake(
+        lambda p: ["probe", listed("data/disc/00.png,disc;square", *ROWS[1:])(p), "-m", p.encoder], 2,
+        ("several labels", "'disc;square'", "beit finetune"),
+    ),
     "probe: no such folder": Mistake(
         lambda p: ["probe", p.mine / "x", "-m", p.encoder], 2, ("x does not exist", "check the path")
     ),
