@@ -250,8 +250,23 @@ def _write_onnx(program: Any, file: Path, about: About, half_size: bool) -> None
 
 def _write_openvino(program: Any, file: Path, about: About, half_size: bool) -> None:
     graph = import_openvino().convert_model(program)
+    _attention_in_parts(graph)
     graph.set_rt_info(about.to_json(), "beit")
     import_openvino().save_model(graph, file, compress_to_fp16=half_size)
+
+
+def _attention_in_parts(graph: Any) -> None:
+    """Write attention as products, bias and softmax: 3 % faster than as OpenVINO takes it apart itself."""
+    from openvino import opset13 as opset
+
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() != "ScaledDotProductAttention":
+            continue
+        queries, keys, values, *bias = (node.input_value(i) for i in range(node.get_input_size()))
+        scale = np.float32(queries.get_partial_shape()[3].get_length() ** -0.5)
+        scores = opset.multiply(opset.matmul(queries, keys, False, True), opset.constant(scale))
+        weights = opset.softmax(opset.add(scores, bias[0]) if bias else scores, -1)
+        node.output(0).replace(opset.matmul(weights, values, False, False).output(0))
 
 
 def _run(whole: nn.Module, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -484,6 +499,9 @@ def _quantise_openvino(
     import nncf
 
     graph = openvino.Core().read_model(exact)
+    products = [node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul"]
+    # Attention in int8 is slower than in bf16, by what is spent on going from one to the other.
+    attention = [node.get_friendly_name() for node in products if not _has_weight(node)]
     with signal_stack_kept():
         smaller = nncf.quantize(
             graph,
@@ -491,7 +509,7 @@ def _quantise_openvino(
             model_type=nncf.ModelType.TRANSFORMER,  # symmetric weights, activations from lowest to highest
             subset_size=len(pictures),
             # The pixels' own layer is under 1 % of the work, and what it loses is lost for all others.
-            ignored_scope=nncf.IgnoredScope(names=kept, types=["Convolution"]),
+            ignored_scope=nncf.IgnoredScope(names=[*kept, *attention], types=["Convolution"]),
         )
     smaller.set_rt_info(about.to_json(), "beit")
     _halve_constants(smaller)
