@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,18 @@ def test_a_graph_names_no_file_of_the_machine_that_wrote_it(to: str, graphs: dic
     assert here not in graphs[to].read_bytes()
 
 
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_plain_vit_without_biases_is_exported(to: Any, pictures: np.ndarray, tmp_path: Path) -> None:
+    config = replace(CONFIG, rel_pos_bias="none", use_abs_pos_emb=True)
+    vit, generator = BeitForImageClassification(config).eval(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    file = tmp_path / f"vit{SUFFIX_OF[to]}"
+    export(vit, file, to)
+    np.testing.assert_allclose(open_graph(file)(pictures[:3]), logits(vit, pictures[:3]), atol=1e-4)
+
+
 @pytest.mark.parametrize("output", [Output("features", "cls", 1), Output("features")])
 def test_features_of_a_layer_are_the_models(
     output: Output, model: BeitForImageClassification, pictures: np.ndarray, tmp_path: Path
@@ -155,6 +168,21 @@ def test_int8_agrees_is_smaller_and_reports_what_it_costs(
     assert (report["calibrated_on"], report["measured_on"]) == (40, 40)
     assert set(report["ms_batch_1"]) >= {"int8"}
     assert json.loads(file.with_suffix(".json").read_text()) == report
+
+
+def test_an_int8_graph_attends_in_higher_precision(
+    model: BeitForImageClassification, pictures: np.ndarray, tmp_path: Path
+) -> None:
+    """Of a block its four linear layers are quantised, and neither product of its attention."""
+    export(model, tmp_path / "s.xml", "openvino", precision="int8", pictures=pictures[:16], anyway=True)
+    ops = import_openvino().Core().read_model(tmp_path / "s.xml").get_ordered_ops()
+    products = [node for node in ops if node.get_type_name() == "MatMul"]
+    quantised = [
+        any(node.input_value(i).get_node().get_type_name() == "FakeQuantize" for i in (0, 1))
+        for node in products
+    ]
+    assert len(products) == 2 * (4 + 2) + 1
+    assert sum(quantised) == 2 * 4 + 1
 
 
 def test_an_int8_graph_holds_no_large_constant_in_float32(

@@ -12,6 +12,7 @@ import hmac
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import KW_ONLY, asdict, dataclass
 from importlib.metadata import version
 from ipaddress import ip_address
@@ -23,7 +24,7 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
 from beit.engine import Embedding, Engine, Precision, Prediction, Runtime
-from beit.graphs import EmbedPooling
+from beit.graphs import EmbedPooling, GraphError
 
 try:
     import uvicorn
@@ -83,16 +84,14 @@ def serve(settings: Serve) -> None:
             f"--host {settings.host} is reached by other machines; set BEIT_API_KEY to a long random text "
             "that callers send as 'Authorization: Bearer KEY', or leave --host out"
         )
-    listening = _listen(settings.host, settings.port)
-    engine = Engine(
-        settings.model, settings.runtime, settings.precision, settings.threads,
-        device=settings.device, batch_size=1,
-    )  # fmt: skip
-    blank = np.zeros((*engine.image_spec.size, 3), np.uint8)
-    with listening:
-        next(
-            engine.classify(blank) if engine.has_classifier else engine.embed(blank)
-        )  # the first is slow
+    with _listen(settings.host, settings.port) as listening:
+        engine = Engine(
+            settings.model, settings.runtime, settings.precision, settings.threads,
+            device=settings.device, batch_size=1,
+        )  # fmt: skip
+        blank = np.zeros((*engine.image_spec.size, 3), np.uint8)
+        with suppress(GraphError):  # a file of other features; else the first answer, which is slow
+            next(engine.classify(blank) if engine.has_classifier else engine.embed(blank))
         host, port = listening.getsockname()[:2]
         config = uvicorn.Config(
             make_app(engine, settings, key), log_level="warning", access_log=False, lifespan="off",
@@ -103,6 +102,13 @@ def serve(settings: Serve) -> None:
         print(f"{settings.model} in {engine.runtime} {engine.precision} answers at {address}")
         print(f"  curl --data-binary @photo.jpg {address}/v1/{does}", flush=True)
         uvicorn.Server(config).run([listening])
+
+
+def _name_of(address: str) -> str:
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:  # such as half of an IPv6 address
+        return ""
 
 
 def _is_this_machine(host: str) -> bool:
@@ -133,11 +139,11 @@ def make_app(engine: Engine, settings: Serve, key: str = "") -> FastAPI:
 
     async def allowed(request: Request) -> None:
         """Refuse a page of another site, a name that was bent to this machine, and a wrong key."""
-        host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-        if not key and not _is_this_machine(host):
+        host = request.headers.get("host", "")
+        if not key and not _is_this_machine(_name_of(f"//{host}")):
             raise Refused(421, f"this server is not {host!r}; call it 127.0.0.1 or localhost")
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        if origin is not None and origin.partition("//")[2] != host:
             raise Refused(403, f"pages of {origin} may not ask here")
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if key and not (

@@ -101,6 +101,7 @@ REFUSED: dict[str, tuple[str, str, bytes | None, dict[str, str], int, str]] = {
     "no such path": ("GET", "/classify", None, {}, 404, "POST /v1/classify"),
     "wrong method": ("GET", "/v1/classify", None, {}, 405, "POST /v1/classify"),
     "another name": ("GET", "/v1/model", None, {"Host": "evil.example"}, 421, "evil.example"),
+    "half a name": ("GET", "/v1/model", None, {"Host": "[::1"}, 421, "[::1"),
     "another site": ("POST", "/v1/classify", b"FILE", {"Origin": "http://evil.example"}, 403, "may not"),
     "declared too large": ("POST", "/v1/classify", None, {"Content-Length": "20000001"}, 413, "20,000,000"),
 }  # fmt: skip
@@ -198,6 +199,23 @@ def test_an_encoder_embeds_and_says_that_it_has_no_classifier(
         status, _, answer = server.ask("POST", "/v1/classify", files[0].read_bytes())
         assert status == 400
         assert "has no classifier" in answer["error"]["message"]
+
+
+def test_a_file_of_some_features_gives_these(
+    cli: Cli, finetuned: Done, files: list[Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    file = tmp_path / "second.xml"
+    options = {"to": "openvino", "kind": "features", "layer": 2, "pooling": "cls", "out": file}
+    assert cli("export", finetuned.folder, **options)[0] == 0
+    with serving("--model", file, "--precision", "fp32") as server:
+        status, _, answer = server.ask("POST", "/v1/embed?pooling=cls&layer=2", files[0].read_bytes())
+        assert status == 200
+        expected = next(Engine(file, precision="fp32").embed(files[0], "cls", 2)).vector
+        assert np.array_equal(np.array(answer["vector"], np.float32), expected)
+        status, _, answer = server.ask("POST", "/v1/embed", files[0].read_bytes())
+        assert status == 400
+        assert "holds features (cls, layer 2)" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(
