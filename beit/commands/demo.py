@@ -75,7 +75,7 @@ def demo(settings: Demo = Demo()) -> dict[str, Any]:
 
     pretraining = Pretrain(
         data / "train", tokenizer=tokenizer.out, out=out / "pretrained", model=MODEL, crop_ratio=1.0,
-        epochs=3 if tiny else 100, batch_size=64, lr=8e-3, warmup_epochs=1 if tiny else 10,
+        epochs=3 if tiny else 100, batch_size=64, lr=8e-3, warmup_epochs=1 if tiny else 20,
         drop_path=0.0, crop_scale=(0.5, 1.0), color_jitter=0.0, **plain,
     )  # fmt: skip
     tell(2, "pre-train: guess the tokens of masked patches", pretraining)
