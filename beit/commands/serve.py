@@ -221,7 +221,8 @@ def make_app(engine: Engine, settings: Serve, key: str = "") -> FastAPI:
 
     def told(status: int, message: str) -> JSONResponse:
         error = {"code": TOLD.get(status, "failed"), "message": message}
-        return JSONResponse({"error": error}, status, {"Retry-After": "1"} if status == 429 else None)
+        headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
+        return JSONResponse({"error": error}, status, headers)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:

@@ -167,8 +167,8 @@ def test_a_key_is_asked_for_where_one_is_set(finetuned: Done, files: list[Path])
     with serving(*words, BEIT_API_KEY="a long random text") as server:
         picture = files[0].read_bytes()
         for wrong in ({}, {"Authorization": "Bearer a"}, {"Authorization": "a long random text"}):
-            status, _, answer = server.ask("POST", "/v1/classify", picture, wrong)
-            assert status == 401
+            status, headers, answer = server.ask("POST", "/v1/classify", picture, wrong)
+            assert (status, headers["www-authenticate"]) == (401, "Bearer")
             assert "Bearer" in answer["error"]["message"]
         right = {"Authorization": "Bearer a long random text"}
         assert server.ask("POST", "/v1/classify", picture, right)[0] == 200
