@@ -500,7 +500,7 @@ def _quantise_openvino(
 
     graph = openvino.Core().read_model(exact)
     products = [node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul"]
-    # Attention in int8 is slower than in bf16, by what is spent on going from one to the other.
+    # With AMX attention in int8 is slower than in bf16, by what is spent on going from one to the other.
     attention = [node.get_friendly_name() for node in products if not _has_weight(node)]
     with signal_stack_kept():
         smaller = nncf.quantize(

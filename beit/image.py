@@ -425,7 +425,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_array(picture: Image.Image) -> np.ndarray:
-    """As `np.array(picture)`, which for a moment holds pictures three times more: large ones in parts."""
+    """As `np.array(picture)`; in parts where that, for a moment, would hold a large picture thrice."""
     width, height = picture.size
     rows = max(1, (1 << 20) // width)
     if rows >= height:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Cli
+from conftest import ENVIRONMENT, Cli
 
+import beit.commands.serve
+from beit.commands.serve import Serve
 from beit.engine import Engine
 
 from .conftest import Done, Served, serving
-
-pytest.importorskip("fastapi")
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +151,34 @@ def test_a_caller_that_goes_away_takes_no_place(server: Served) -> None:
     pytest.fail("a place is still taken")
 
 
+def test_a_picture_that_comes_too_slowly_is_given_up(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The body never ends: 408, and the place is free again."""
+    monkeypatch.setattr(beit.commands.serve, "BODY_SECONDS", 0.05)
+    app = beit.commands.serve.make_app(engine, Serve(model="m"))
+    sent: list[Any] = []
+
+    async def ask(method: str, path: str) -> None:
+        async def receive() -> Any:
+            await asyncio.sleep(60)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http", "method": method, "path": path, "query_string": b"", "root_path": "",
+            "headers": [(b"host", b"localhost")],
+        }  # fmt: skip
+        await app(scope, receive, send)
+
+    asyncio.run(ask("POST", "/v1/classify"))
+    assert sent[0]["status"] == 408
+    assert b"did not come within" in sent[1]["body"]
+    asyncio.run(ask("GET", "/health"))
+    assert json.loads(sent[3]["body"]) == {"waiting": 0}
+
+
 def test_whoever_comes_when_all_places_are_taken_is_told_at_once(
     finetuned: Done, files: list[Path]
 ) -> None:
@@ -174,13 +206,21 @@ def test_a_key_is_asked_for_where_one_is_set(finetuned: Done, files: list[Path])
         assert server.ask("POST", "/v1/classify", picture, right)[0] == 200
 
 
+def test_a_missing_extra_is_named() -> None:
+    hidden = "import sys; sys.modules['fastapi'] = None; from beit.cli import main; main()"
+    command = [sys.executable, "-c", hidden, "serve", "-m", "flowers.run"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert 'pip install "beit[serve]"' in done.stderr
+
+
 def test_other_machines_are_not_answered_without_a_key(cli: Cli, finetuned: Done) -> None:
     code, _, err = cli("serve", model=finetuned.folder, host="0.0.0.0")
     assert code == 2
     assert "BEIT_API_KEY" in err
 
 
-def test_a_port_that_is_taken_is_named_with_another(cli: Cli, finetuned: Done) -> None:
+def test_a_port_that_cannot_be_had_is_named_with_the_cure(cli: Cli, finetuned: Done) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, _, err = cli("serve", model=finetuned.folder, port=port)
