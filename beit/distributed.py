@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from itertools import chain
@@ -84,6 +84,23 @@ def on_main(work: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def on_each(work: Callable[[], T]) -> list[T]:
+    """Do something in every process; all get the results of all, or raise the first's error."""
+    if size() == 1:
+        return [work()]
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as mine:
+        error = mine
+    boxes: list[Any] = [None] * size()
+    dist.all_gather_object(boxes, (result, error), group=_patient)
+    for _, raised in boxes:
+        if raised is not None:
+            raise raised
+    return [told for told, _ in boxes]
 
 
 # --- Sums ----------------------------------------------------------------------------------------
@@ -182,6 +199,11 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this process holds; any other tensor itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What this process has to write of a sharded model: its rows, and in the main one all unsharded."""
+    return {name: local(t) for name, t in tensors.items() if is_sharded(t) or is_main()}
 
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

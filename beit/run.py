@@ -22,7 +22,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -37,10 +37,15 @@ from beit import distributed
 from beit.atomic import CannotWrite, flush, write_atomically
 from beit.optim import EMA
 from beit.snapshots import (
+    Tensors,
     drop,
     load_snapshot,
+    room_beside,
+    seal,
+    size_of,
     snapshots,
     verify_snapshot,
+    write_files,
     write_snapshot,
     write_tensors,
 )
@@ -102,21 +107,22 @@ class Training:
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, int]) -> None:
         """Become what `tensors` and `counters` told."""
-        state = self.model.state_dict()
-        saved = files["model.safetensors"]
-        self.model.load_state_dict(
-            {
-                name: distributed.spread(t, state[name]) if name in state else t
-                for name, t in saved.items()
-            }
-        )
+        mine = {"model.safetensors": self.model.state_dict()}
         if self.ema is not None:
-            for name, average in self.ema.tensors.items():
-                average.copy_(distributed.spread(files["ema.safetensors"][name], average))
+            mine["ema.safetensors"] = self.ema.tensors
+        for file, tensors in mine.items():
+            assert tensors.keys() == files[file].keys(), f"{file} holds other tensors"
+            for name, tensor in tensors.items():  # one by one, so never the whole of a sharded model
+                tensor.copy_(distributed.spread(files[file][name], tensor))
         if self.optimizer is not None:
             load_optimizer_tensors(self.model, self.optimizer, files["optimizer.safetensors"])
         for key in self.counters():
             setattr(self, key, counters[key])
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the model."""
+        return any(map(distributed.is_sharded, self.model.parameters()))
 
     def is_finite_here(self) -> bool:
         """Whether every number that this process holds is finite."""
@@ -257,25 +263,60 @@ class Run:
     # --- checkpoints ---------------------------------------------------------------------------
 
     def save(self, training: Training, keep_last: int = 2, keep_every: int = 0) -> None:
-        """Write a checkpoint; drop all but the newest few and those of every so many steps."""
-        files = {name: distributed.gathered(t) for name, t in training.tensors().items()}
-        distributed.on_main(lambda: self._write(training, files, keep_last, keep_every))
+        """Write a checkpoint; drop all but the newest few and those of every so many steps.
+
+        Each process writes what it holds of a sharded model, the main one all else.
+        """
+        if training.is_sharded:
+            self._write_parts(training, keep_last, keep_every)
+        else:
+            distributed.on_main(lambda: self._write(training, training.tensors(), keep_last, keep_every))
 
     def _write(
-        self,
-        training: Training,
-        files: Mapping[str, Mapping[str, Tensor]],
-        keep_last: int,
-        keep_every: int,
+        self, training: Training, files: Mapping[str, Tensors], keep_last: int, keep_every: int
     ) -> None:
         folder = self.checkpoints / f"step-{training.step:08d}"
-        try:
-            if self.metrics_file.exists():
-                flush(self.metrics_file)
+        with self._told_if_full(folder):
+            self._flush_metrics()
             write_snapshot(folder, files, training.counters())
-            for old in snapshots(self.checkpoints)[:-keep_last]:
-                if not (keep_every and step_of(old) % keep_every == 0):
-                    drop(old)
+            self._drop_old(keep_last, keep_every)
+
+    def _write_parts(self, training: Training, keep_last: int, keep_every: int) -> None:
+        folder = self.checkpoints / f"step-{training.step:08d}"
+        files = {name: distributed.held(t) for name, t in training.tensors().items()}
+        rank, processes = distributed.rank(), distributed.size()
+
+        def begin() -> Path:
+            self._flush_metrics()
+            return room_beside(folder, sum(sizes))
+
+        def finish() -> None:
+            seal(beside, folder, dict(ChainMap(*sums)), training.counters())
+            self._drop_old(keep_last, keep_every)
+
+        with self._told_if_full(folder):
+            sizes = distributed.on_each(lambda: size_of(files))
+            beside = distributed.on_main(begin)
+            try:
+                sums = distributed.on_each(lambda: write_files(beside, files, rank, processes))
+                distributed.on_main(finish)
+            except BaseException:
+                shutil.rmtree(beside, ignore_errors=True)
+                raise
+
+    def _flush_metrics(self) -> None:
+        if self.metrics_file.exists():
+            flush(self.metrics_file)
+
+    def _drop_old(self, keep_last: int, keep_every: int) -> None:
+        for old in snapshots(self.checkpoints)[:-keep_last]:
+            if not (keep_every and step_of(old) % keep_every == 0):
+                drop(old)
+
+    @contextmanager
+    def _told_if_full(self, folder: Path) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             kept = [step_of(folder) for folder in snapshots(self.checkpoints)]
             raise CannotWrite(
@@ -363,10 +404,9 @@ class Run:
                 if frame.leaving:
                     return None
                 what = f"stopped; step {training.step} of {total} could not be saved"
-                sharded = any(map(distributed.is_sharded, model.parameters()))
                 if not distributed.is_main():
                     time.sleep(4)  # while the main process saves
-                elif training.is_finite_here() and not sharded:
+                elif training.is_finite_here() and not training.is_sharded:
                     files = training.tensors()
                     files["model.safetensors"] |= frame.buffers
                     try:

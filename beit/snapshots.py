@@ -4,6 +4,9 @@
 
 Written beside its place, flushed to the disk and renamed. Tensors go to the disk one at a time, straight
 from where they are, without a second copy of the model. Nothing is pickled.
+
+Processes that hold a part of each tensor write a file each, `model-00001-of-00002.safetensors`; read
+together they are one, whose tensors are whole, so that any number of processes goes on from them.
 """
 
 from __future__ import annotations
@@ -13,14 +16,15 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from beit.atomic import flush
@@ -41,29 +45,55 @@ def write_snapshot(folder: Path, files: Mapping[str, Tensors], state: dict[str, 
     files: the tensors of each safetensors file. Raises OSError with ENOSPC, before anything is
     written, where the disk has not enough room.
     """
-    parent = folder.parent
-    sweep(parent)
-    beside = parent / f".writing-{os.getpid()}"
-    needed = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
-    free = shutil.disk_usage(parent).free
-    if needed + 2**20 > free:
-        raise OSError(errno.ENOSPC, f"it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
-    beside.mkdir()
+    beside = room_beside(folder, size_of(files))
     try:
-        sums = {name: write_tensors(beside / name, tensors) for name, tensors in files.items()}
-        content = json.dumps(state).encode()
-        sums["state.json"] = hashlib.sha256(content).hexdigest()
-        lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
-        for name, text in (("state.json", content), (SUMS, lines.encode())):
-            (beside / name).write_bytes(text)
-            flush(beside / name)
-        flush(beside)
-        drop(folder)
-        os.replace(beside, folder)
+        seal(beside, folder, write_files(beside, files), state)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    flush(parent)
+
+
+def size_of(files: Mapping[str, Tensors]) -> int:
+    """The bytes of all tensors."""
+    return sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
+
+
+def room_beside(folder: Path, needed: int) -> Path:
+    """A new folder to write a snapshot's files in. Raises OSError where `needed` bytes are not free."""
+    parent = folder.parent
+    sweep(parent)
+    free = shutil.disk_usage(parent).free
+    if needed + 2**20 > free:
+        raise OSError(errno.ENOSPC, f"it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+    beside = parent / f".writing-{os.getpid()}"
+    beside.mkdir()
+    return beside
+
+
+def write_files(
+    beside: Path, files: Mapping[str, Tensors], part: int = 0, parts: int = 1
+) -> dict[str, str]:
+    """Write the files, or this one of the parts of each; returns the SHA-256 of each by its name."""
+    sums = {}
+    for name, tensors in files.items():
+        stem, suffix = name.split(".")
+        named = name if parts == 1 else f"{stem}-{part + 1:05d}-of-{parts:05d}.{suffix}"
+        sums[named] = write_tensors(beside / named, tensors)
+    return sums
+
+
+def seal(beside: Path, folder: Path, sums: dict[str, str], state: dict[str, Any]) -> None:
+    """Make what stands beside, whose files have these sums, the snapshot."""
+    content = json.dumps(state).encode()
+    sums = {**sums, "state.json": hashlib.sha256(content).hexdigest()}
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+    for name, text in (("state.json", content), (SUMS, lines.encode())):
+        (beside / name).write_bytes(text)
+        flush(beside / name)
+    flush(beside)
+    drop(folder)
+    os.replace(beside, folder)
+    flush(folder.parent)
 
 
 def verify_snapshot(folder: Path) -> None:
@@ -78,10 +108,34 @@ def verify_snapshot(folder: Path) -> None:
         raise ValueError(f"{SUMS} does not name state.json")
 
 
-def load_snapshot(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors of each file, and the state."""
-    files = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
+def load_snapshot(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """The tensors of each file, by its name without a part's number, and the state."""
+    together: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        together.setdefault(re.sub(r"-\d{5}-of-\d{5}", "", file.name), []).append(file)
+    files: dict[str, Tensors] = {name: _Joined(parts) for name, parts in together.items()}
     return files, json.loads((folder / "state.json").read_text())
+
+
+class _Joined(Mapping[str, Tensor]):
+    """The tensors of one file or of its parts. Each is read, and made whole, when it is asked for."""
+
+    def __init__(self, parts: list[Path]) -> None:
+        self.parts = [safe_open(part, "pt") for part in parts]
+        self.where: dict[str, list[Any]] = {}
+        for part in self.parts:
+            for name in part.keys():  # noqa: SIM118  a handle, not a dictionary
+                self.where.setdefault(name, []).append(part)
+
+    def __getitem__(self, name: str) -> Tensor:
+        pieces = [part.get_tensor(name) for part in self.where[name]]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def __len__(self) -> int:
+        return len(self.where)
 
 
 def snapshots(parent: Path) -> list[Path]:

@@ -114,7 +114,7 @@ class Validation:
                 "then give the same command to go on"
             ) from error
 
-    def best_weights(self) -> dict[str, Tensor]:
+    def best_weights(self) -> Mapping[str, Tensor]:
         """The tensors of the best step."""
         files, _ = load_snapshot(self.out / "best" / f"step-{self.best:08d}")
         return files["model.safetensors"]

@@ -5,9 +5,11 @@ Run as a program, this file is what each process does.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+import beit.run
 from beit import distributed
 from beit.atomic import CannotWrite
 from beit.commands.pretrain import MaskedLogits
@@ -33,6 +36,7 @@ from beit.masking import sample_mask
 from beit.model import BeitConfig, BeitForMaskedImageModeling
 from beit.optim import EMA, adamw, param_groups, update
 from beit.run import Run, RunError, Stopped
+from beit.snapshots import load_snapshot, snapshots, verify_snapshot, write_files
 
 CONFIG = BeitConfig(
     img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2
@@ -55,6 +59,7 @@ class Training:
     device_batch_size: int = 0
     stop_after: int = -1  # a step in which the last rank alone hears SIGTERM
     poison_after: int = -1  # a step in which the last rank alone has gradients that are not numbers
+    full_after: int = -1  # a step from which on the last rank alone has no room on its disk
     losses: list[float] = field(default_factory=list)
     samples: list[list[tuple[int, int]]] = field(default_factory=list)
 
@@ -73,6 +78,8 @@ class Training:
         for step, chosen in run.steps(model, optimizer, STEPS, self.batches, 4, seed=3, ema=self.ema):
             if step == self.stop_after and last_rank:
                 signal.raise_signal(signal.SIGTERM)
+            if step == self.full_after and last_rank:
+                beit.run.write_files = no_room  # type: ignore[assignment]
             images, masks, tokens = map(torch.stack, zip(*map(sample, chosen), strict=True))
             count = distributed.mean(masks.sum())
             loss = torch.zeros(())
@@ -97,6 +104,10 @@ class Training:
         return (batch_at(step, SAMPLES, BATCH, 3, rank, world) for step in steps)
 
 
+def no_room(*_: object) -> dict[str, str]:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def sample(epoch_and_index: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     epoch, index = epoch_and_index
     rng = sample_rng(3, epoch, index)
@@ -119,6 +130,7 @@ def work(folder: Path, *names: str) -> None:
         "sharded-compiled": {"shard": True, "compile": True},
         "stopped": {"stop_after": 4},
         "sharded-stopped": {"shard": True, "stop_after": 4},
+        "sharded-full": {"shard": True, "full_after": 5},
         "from-one": {"shard": True},
     }
     with distributed.joined("cpu") as device:
@@ -132,6 +144,9 @@ def work(folder: Path, *names: str) -> None:
                     save_file(weights, folder / f"{name}.safetensors")
             except Stopped as stopped:
                 told[f"{name}-code"] = stopped.exit_code
+            except CannotWrite as error:
+                told[f"{name}-error"] = str(error)
+                beit.run.write_files = write_files
             told[name] = {"losses": training.losses, "samples": training.samples}
             told[name] |= {"units": training.units}
         try:
@@ -208,7 +223,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Together:
         Training(folder / "from-one", stop_after=4).go()
     return torchrun(
         folder, 2, "ddp", "parts", "poisoned", "sharded", "sharded-parts", "sharded-compiled",
-        "stopped", "sharded-stopped", "from-one",
+        "stopped", "sharded-stopped", "from-one", "sharded-full",
     )  # fmt: skip
 
 
@@ -216,7 +231,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Together:
 def four(tmp_path_factory: pytest.TempPathFactory) -> Together:
     folder = tmp_path_factory.mktemp("four")
     (folder / "file").write_text("in the way")
-    return by_hand(folder, 4, "ddp", "stopped")
+    return by_hand(folder, 4, "ddp", "stopped", "sharded-stopped")
 
 
 # --- The same run ----------------------------------------------------------------------------------
@@ -263,32 +278,60 @@ def test_parts_of_a_batch_in_one_process_are_the_whole(alone: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["stopped", "sharded-stopped"])
+@pytest.mark.parametrize("processes", ["two", "four"])
 def test_a_signal_to_one_process_stops_all_at_one_step_and_one_goes_on(
-    alone: Any, two: Together, name: str, capfd: pytest.CaptureFixture[str]
+    alone: Any,
+    processes: str,
+    name: str,
+    request: pytest.FixtureRequest,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """What 2 processes saved, sharded or not, resumes on 1."""
-    assert [told[f"{name}-code"] for told in two.told] == [143, 143]
-    assert [len(told[name]["losses"]) for told in two.told] == [5, 5]
-    second = Training(two.folder / name)
+    """What 2 or 4 processes saved, sharded or not, resumes on 1."""
+    together: Together = request.getfixturevalue(processes)
+    assert {told[f"{name}-code"] for told in together.told} == {143}
+    assert {len(told[name]["losses"]) for told in together.told} == {5}
+    second = Training(together.folder / name)
     weights = second.go()
     assert "going on from step 5 of 6" in capfd.readouterr().err
     assert second.samples == alone[0].samples[5:]
     np.testing.assert_allclose(second.losses, alone[0].losses[5:], rtol=2e-6)
     close(weights, alone[1])
     close(second.ema.tensors, alone[0].ema.tensors)
-    saved = [
-        load_file(p) for p in sorted((two.folder / name / "checkpoints/step-00000005").glob("*.safe*"))
-    ]
-    theirs = [
-        {k: (t.shape, t.dtype) for k, t in load_file(p).items()}
-        for p in sorted((alone[0].out / "checkpoints" / "step-00000004").glob("*.safetensors"))
-    ]
-    assert [{k: (t.shape, t.dtype) for k, t in file.items()} for file in saved] == theirs
+    assert contents(together.folder / name) == contents(alone[0].out)
 
 
-def test_four_processes_stop_together(four: Together) -> None:
-    assert [told["stopped-code"] for told in four.told] == [143] * 4
-    assert [len(told["stopped"]["losses"]) for told in four.told] == [5] * 4
+def contents(run: Path) -> dict[str, dict[str, Any]]:
+    """What the files of the newest checkpoint but the last hold: shapes and types by name."""
+    files, _ = load_snapshot(snapshots(run / "checkpoints")[-2])
+    return {file: {name: (t.shape, t.dtype) for name, t in of.items()} for file, of in files.items()}
+
+
+def test_each_process_writes_its_part_of_a_sharded_checkpoint(two: Together) -> None:
+    """No process ever holds, or writes, the whole."""
+    folder = snapshots(two.folder / "sharded" / "checkpoints")[-1]
+    verify_snapshot(folder)
+    for name in ("model", "optimizer", "ema"):
+        first, second = (folder / f"{name}-{part:05d}-of-00002.safetensors" for part in (1, 2))
+        sizes = [sum(t.numel() for t in load_file(part).values()) for part in (first, second)]
+        assert 0.4 < sizes[1] / sum(sizes) <= 0.5, "the main process has what does not divide"
+    assert len(list(folder.iterdir())) == 6 + 2
+
+
+def test_a_full_disk_of_one_process_ends_all_and_keeps_the_checkpoint_before(two: Together) -> None:
+    for told in two.told:
+        assert "No space left on device. Make room there" in told["sharded-full-error"]
+        assert "to go on from step 4" in told["sharded-full-error"]
+    checkpoints = two.folder / "sharded-full" / "checkpoints"
+    assert [folder.name for folder in checkpoints.iterdir()] == ["step-00000004"]
+    verify_snapshot(checkpoints / "step-00000004")
+
+
+def test_a_lost_part_makes_the_checkpoint_unreadable(two: Together, tmp_path: Path) -> None:
+    whole = snapshots(two.folder / "sharded" / "checkpoints")[-1]
+    folder = shutil.copytree(whole, tmp_path / whole.name)
+    (folder / "ema-00002-of-00002.safetensors").unlink()
+    with pytest.raises(OSError, match="ema-00002"):
+        verify_snapshot(folder)
 
 
 def test_a_model_is_sharded_a_block_at_a_time(two: Together) -> None:
