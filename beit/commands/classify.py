@@ -1,9 +1,14 @@
-"""`beit classify`: name what is on pictures."""
+"""`beit classify`: name what is on pictures.
+
+With --out, answers are kept beside it as they come, in `.OUT.so-far`, until all are there: a run that was
+stopped, however, goes on from them, and its file is that of an unbroken run.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +21,9 @@ from cyclopts.types import PositiveInt
 
 from beit.atomic import check_place, replacing
 from beit.data import ImageSource, TooManyBadImages, find_pictures
+from beit.embeddings import model_sha256
 from beit.engine import Engine, Entry, Picture, Precision, Prediction, Runtime
+from beit.hub import resolve
 
 if TYPE_CHECKING:
     from beit.run import Progress
@@ -37,7 +44,7 @@ class Classify:
     top: PositiveInt = 5
     """Classes to name for each picture. A .csv has the second in label_2 and score_2, and so on."""
     out: Annotated[Path | None, Parameter(alias="-o")] = None
-    """Write to this .csv, .jsonl or .parquet instead."""
+    """Write to this .csv, .jsonl or .parquet instead. Stopped, the same command goes on."""
     json: bool = False
     """Print one JSON object a picture."""
     max_bad_images: float = 1.0
@@ -81,17 +88,26 @@ def classify(settings: Classify) -> None:
     )
     if settings.verbose:
         print(f"{engine.runtime} {engine.precision}: {engine.why}", file=sys.stderr)
-    answers = engine.classify(each_picture(places), settings.top)
+    pictures = each_picture(places)
     if out is not None:
         width = min(settings.top, len(engine.labels))
-        with progress_of(places) as progress, WRITERS[out.suffix](out, width) as write:
-            done, failed = write_all(answers, write, progress.update)
+        try:
+            with progress_of(places) as progress, WRITERS[out.suffix](out, width) as write:
+                answers = kept_answers(out, engine, pictures, settings)
+                done, failed = write_all(answers, write, progress.update)
+        except KeyboardInterrupt:
+            kept = f"the answers so far are in {so_far(out)}"
+            print(f"stopped; {kept}, give the same command to go on", file=sys.stderr)
+            raise
+        so_far(out).unlink()
         print(f"{done} pictures classified into {out}", file=sys.stderr)
     elif settings.json:
+        answers = engine.classify(pictures, settings.top)
         done, failed = write_all(answers, lambda answer: print_json(answer, sys.stdout))
     elif sys.stdout.isatty():
-        done, failed = write_table(answers)
+        done, failed = write_table(engine.classify(pictures, settings.top))
     else:
+        answers = engine.classify(pictures, settings.top)
         done, failed = write_all(answers, lambda answer: print_words(answer, sys.stdout))
     if failed and (failed == done or failed > settings.max_bad_images * done):
         raise TooManyBadImages(f"{failed} of {done} pictures could not be read")
@@ -111,6 +127,80 @@ def each_picture(places: list[ImageSource | str]) -> Iterator[Picture]:
             yield from filter(None, (line.rstrip("\r\n") for line in sys.stdin))
         else:
             yield place
+
+
+def name_of(picture: Picture | None) -> str | None:
+    """The name that its answer bears."""
+    if isinstance(picture, Entry):
+        return picture.source.name(picture.index)
+    assert picture is None or isinstance(picture, str)
+    return picture
+
+
+# --- Answers so far ------------------------------------------------------------------------------
+
+
+def so_far(out: Path) -> Path:
+    """Where the answers of a run stand until it is done: a line that says of what, then as --json."""
+    return out.with_name(f".{out.name}.so-far")
+
+
+def kept_answers(
+    out: Path, engine: Engine, pictures: Iterator[Picture], settings: Classify
+) -> Iterator[Prediction]:
+    """The answers of a run that was stopped, then those of the other pictures, which are kept too."""
+    about = {
+        "model_sha256": model_sha256(resolve(settings.model)), "top": settings.top,
+        "batch_size": settings.batch_size, "runtime": engine.runtime, "precision": engine.precision,
+    }  # fmt: skip
+    kept = rows_kept(out, about)
+    if kept:
+        print(f"going on after {kept} answers in {so_far(out)}", file=sys.stderr)
+    with so_far(out).open("r+", encoding="utf-8", errors="surrogateescape") as stream:
+        stream.readline()
+        for _ in range(kept):
+            row = json.loads(stream.readline())
+            if row["path"] != name_of(next(pictures, None)):
+                raise ValueError(
+                    f"{so_far(out)} holds answers for other pictures, {row['path']} among them; give those "
+                    "it was begun with to go on, or remove it to begin again"
+                )
+            yield Prediction(**{**row, "top": tuple(map(tuple, row["top"]))})
+        stream.seek(0, os.SEEK_END)
+        for answer in engine.classify(pictures, settings.top):
+            print_json(answer, stream)
+            yield answer
+
+
+def rows_kept(out: Path, about: dict[str, Any]) -> int:
+    """How many answers there are to go on from, in whole batches; what follows them is cut off.
+
+    Raises ValueError where they are of another model or of other settings.
+    """
+    with so_far(out).open("a+b") as stream:
+        stream.seek(0)
+        first = stream.readline()
+        if not first.endswith(b"\n"):  # none, or it was torn
+            stream.truncate(0)
+            stream.write(json.dumps(about).encode() + b"\n")
+            return 0
+        before = json.loads(first)
+        changed = [
+            f"{key} was {before[key]}, now {about[key]}" for key in about if before[key] != about[key]
+        ]
+        if changed:
+            raise ValueError(
+                f"{so_far(out)} was begun with something else ({', '.join(changed)}); give that to go on, "
+                "or remove it to begin again"
+            )
+        kept, end = 0, stream.tell()
+        for number, line in enumerate(iter(stream.readline, b""), 1):
+            if not line.endswith(b"\n"):
+                break
+            if number % about["batch_size"] == 0:  # batches that begin elsewhere round elsewhere
+                kept, end = number, stream.tell()
+        stream.truncate(end)
+        return kept
 
 
 # --- Answers -------------------------------------------------------------------------------------

@@ -8,11 +8,15 @@ import json
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import ENVIRONMENT, Cli
 
 from beit.checkpoints import load_model, save
@@ -342,13 +346,125 @@ def test_too_many_bad_pictures_end_with_4_and_their_answers_are_written(
     assert (code, len(out.splitlines())) == (4, 1)
 
 
+# --- Stopped, and gone on with -------------------------------------------------------------------
+
+
+def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Each run is stopped after so many answers of its engine; how many each gave."""
+    honest, given = Engine.classify, []
+
+    def classify(self: Engine, images: Any, top: int = 5) -> Iterator[Prediction]:
+        given.append(0)
+        for answer in honest(self, images, top):
+            if given[-1] == count:
+                raise KeyboardInterrupt
+            given[-1] += 1
+            yield answer
+
+    monkeypatch.setattr(Engine, "classify", classify)
+    return given
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_a_stopped_run_goes_on_and_its_file_is_that_of_an_unbroken_one(
+    cli: Cli, finetuned: Done, shapes: Path, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {"model": finetuned.folder, "batch_size": 4}
+    unbroken, out = tmp_path / f"unbroken{ending}", tmp_path / f"out{ending}"
+    assert cli("classify", shapes, out=unbroken, **how)[0] == 0
+    pictures = len(list(shapes.rglob("*.png")))
+    with monkeypatch.context() as patch:
+        given = stop_after(10, patch)
+        codes = []
+        while not out.exists():
+            code, _, said = cli("classify", shapes, out=out, **how)
+            codes.append(code)
+            assert ("give the same command to go on" in said) == (code == 130)
+            if len(codes) == 2:
+                assert f"going on after 8 answers in {tmp_path / f'.out{ending}.so-far'}" in said
+    # Ten answers a run, the two of a batch that was not whole once more.
+    assert given == [10] * (len(given) - 1) + [pictures - 8 * (len(given) - 1)]
+    assert codes == [130] * (len(codes) - 1) + [0]
+    assert out.read_bytes() == unbroken.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {unbroken.name, out.name}
+
+
+def test_a_killed_run_goes_on_past_a_torn_line(
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path
+) -> None:
+    """Killed while it waits for the third picture's name."""
+    out, kept = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.so-far"
+    words = [sys.executable, "-m", "beit", "classify", "-", "-m", str(finetuned.folder), "-o", str(out),
+             "--batch-size", "1"]  # fmt: skip
+    with subprocess.Popen(words, env=ENVIRONMENT, stdin=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        names = iter([photos / name for name in ORDER])
+        while not kept.exists() or kept.read_bytes().count(b"\n") < 3:
+            if (name := next(names, None)) is not None:
+                print(name, file=process.stdin, flush=True)
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    assert not out.exists()
+    with kept.open("a") as file:
+        file.write('{"path": "tor')
+    (tmp_path / "list.txt").write_text("".join(f"{photos / name}\n" for name in ORDER))
+    code, _, said = cli("classify", tmp_path / "list.txt", model=finetuned.folder, out=out, batch_size=1)
+    assert code == 3
+    assert "going on after" in said
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["path"] for line in lines] == [str(photos / name) for name in ORDER]
+    assert [line["label"] for line in lines] == [answer.label for answer in expected(finetuned, photos)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"top": 2}, "top was 5, now 2"),
+        ({"batch_size": 3}, "batch_size was 2, now 3"),
+        ({"model": "other"}, "model_sha256 was"),
+        ({"pictures": ["5.png", "1.png"]}, "holds answers for other pictures, "),
+    ],
+)
+def test_answers_of_another_run_are_not_gone_on_with(
+    cli: Cli,
+    finetuned: Done,
+    photos: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, kept = tmp_path / "out.csv", tmp_path / ".out.csv.so-far"
+    how: dict[str, Any] = {"model": finetuned.folder, "out": out, "batch_size": 2}
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        assert cli("classify", photos, **how)[0] == 130
+    before = kept.read_bytes()
+    if change.get("model") == "other":
+        model = load_model(finetuned.folder)
+        with torch.no_grad():
+            model.cls_token += 1
+        save(model, tmp_path / "other")
+        change = {"model": tmp_path / "other"}
+    pictures = [photos / name for name in change.pop("pictures", ["."])]
+    code, _, err = cli("classify", *pictures, **{**how, **change})
+    assert code == 2
+    assert said in err
+    assert "or remove it to begin again" in err
+    assert before.startswith(kept.read_bytes()), "what is whole stays"
+    assert kept.read_bytes().count(b"\n") >= 3
+    kept.unlink()
+    assert cli("classify", *pictures, **{**how, **change})[0] in (0, 3)
+
+
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs limits of a process")
 
 
 @POSIX
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
 def test_a_full_disk_ends_with_6_and_keeps_what_was_there(
-    finetuned: Done, photos: Path, tmp_path: Path, ending: str
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path, ending: str
 ) -> None:
     """No file may grow beyond 100 bytes."""
     place = tmp_path / "place"
@@ -370,7 +486,10 @@ def test_a_full_disk_ends_with_6_and_keeps_what_was_there(
         done.stderr == f"beit: cannot write {file}: File too large; make room or choose another place\n"
     )
     assert file.read_text() == "from before"
+    assert set(place.iterdir()) <= {file, place / f".answers{ending}.so-far"}
+    assert cli(*words)[0] == 3, "with room the same command goes on"
     assert list(place.iterdir()) == [file]
+    assert file.read_bytes() != b"from before"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
