@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 Runtime = Literal["auto", "torch", "openvino", "onnx"]
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 
-SMALL_FLOPS = 1e9  # of a picture: below, another runtime gains less than it takes to find out
+SMALL_FLOPS = 1e9  # of a picture: below, nothing gains over plain torch what it takes to prepare
 KEPT_BYTES = 4 << 30  # of graphs; the longest unused go first
 TIE = {"fp32": 1e-3, "bf16": 0.05}  # classes this near, in deviations of the logits, may change places
 LEAST_COSINE = {"fp32": 0.9999, "bf16": 0.999}  # of logits or features, to torch's in fp32
@@ -566,12 +566,14 @@ class TorchModel:
         """
         import torch
 
+        from beit.flops import forward_flops
         from beit.folded import fold
 
         self.device, self.precision = device, precision
         model.to(device, torch.float32).eval()  # many files hold float16
         self._model = model
         folded = own and device.type == "cpu" and not compile
+        folded = folded and forward_flops(model.config) >= SMALL_FLOPS
         self._one_by_one = folded and precision == "fp32"
         if folded:
             fold(model, precision)

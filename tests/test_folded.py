@@ -14,6 +14,7 @@ from random_models import MODELS, build
 from torch import Tensor
 
 import beit
+import beit.engine
 import beit.folded
 from beit.engine import Engine
 from beit.folded import Layer, by_mkl, by_onednn, fold, is_right, linear, plain
@@ -109,7 +110,10 @@ def test_an_operator_that_is_missing_or_wrong_is_not_used(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_engine_folds_its_own_model_and_leaves_yours(tmp_path: Path, precision: str) -> None:
+def test_the_engine_folds_its_own_model_and_leaves_yours(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 0)
     model = build("classifier")
     beit.save(model, tmp_path / "model")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -120,3 +124,5 @@ def test_the_engine_folds_its_own_model_and_leaves_yours(tmp_path: Path, precisi
     np.testing.assert_allclose(own.logits_array(images), yours.logits_array(images), few, few)
     assert isinstance(own.model.blocks[0], beit.folded.FoldedBlock)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 1e9)
+    assert not isinstance(Engine(tmp_path / "model", "torch").model.blocks[0], beit.folded.FoldedBlock)
