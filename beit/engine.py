@@ -574,9 +574,7 @@ class TorchModel:
         self._model = model
         folded = own and device.type == "cpu" and not compile
         folded = folded and forward_flops(model.config) >= SMALL_FLOPS
-        self._one_by_one = folded and precision == "fp32"
-        if folded:
-            fold(model, precision)
+        self._one_by_one = folded and fold(model, precision)
         if own and precision == "bf16":
             halve(model)
         for block in model.blocks if compile else ():

@@ -104,6 +104,7 @@ def test_an_operator_that_is_missing_or_wrong_is_not_used(
     monkeypatch.setattr(beit.folded, "by_mkl", kind)
     weight, bias, x = noise(24, 16), noise(24), noise(5, 16)
     assert torch.equal(linear(weight, bias, "fp32", 5)(x), F.linear(x, weight, bias))
+    assert not fold(build("classifier"), "fp32"), "plain products are fastest all at once"
 
 
 # --- In the engine -------------------------------------------------------------------------------
