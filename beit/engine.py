@@ -121,7 +121,8 @@ class _Answered(NamedTuple):
 class Engine:
     """A model, ready to answer, from any number of threads.
 
-    model: a folder, file or name, a loaded model, or a graph file that `beit export` wrote.
+    model: a folder, file or name, a loaded model, or a graph file that `beit export` wrote. What the
+        engine loads itself it makes ready for the processor, which is faster; your model stays as it is.
     runtime: "torch", "openvino", "onnx", or "auto": the fastest that is installed and agrees, measured
         once for a model on a machine; `why` says what was found.
     precision: "fp32", "bf16", or "auto", bf16 where the processor multiplies it in hardware. With torch
@@ -233,7 +234,7 @@ class Engine:
         else:
             self.why = "as asked for" if runtime == "torch" else "the only one installed for this device"
             if runtime == "auto" and not others:
-                self.why += '; pip install "beit[openvino]" is faster on a processor'
+                self.why += '; pip install "beit[openvino]" may be faster on a processor'
         self._use_torch(precision)
 
     def _use_torch(self, precision: Precision) -> None:

@@ -39,6 +39,8 @@ def fold(model: Beit, precision: str) -> bool:
         for number, block in enumerate(model.blocks):
             assert isinstance(block, Block)
             model.blocks[number] = FoldedBlock(block, precision, tokens)
+    for parameter in model.parameters():  # or they would keep the whole file in memory that they lie in
+        parameter.data = parameter.data.clone()
     return precision == "fp32" and is_right(by_mkl, torch.float32)
 
 
@@ -104,7 +106,7 @@ def scaled(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, 
 def linear(weight: Tensor, bias: Tensor, precision: str, tokens: int, gelu: bool = False) -> Layer:
     """(rows, K) -> (rows, M): a linear layer without gradients, with GELU after it where asked for."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    weight, bias = weight.detach().to(dtype).contiguous(), bias.detach().to(dtype)
+    weight, bias = weight.detach().to(dtype).contiguous(), bias.detach().to(dtype, copy=True)
     if precision == "bf16":
         is_wide = weight.shape[0] > weight.shape[1]
         if (is_wide or tokens <= FEW_TOKENS) and is_right(by_onednn, dtype):

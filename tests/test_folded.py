@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,21 @@ def test_the_engine_folds_its_own_model_and_leaves_yours(
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 1e9)
     assert not isinstance(Engine(tmp_path / "model", "torch").model.blocks[0], beit.folded.FoldedBlock)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_file_of_the_weights_does_not_stay_in_memory(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loaded model's tensors lie in the mapped file; a single one that stayed would keep all of it."""
+    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 0)
+    beit.save(build("classifier"), tmp_path / "model")
+    file = str(tmp_path / "model" / "model.safetensors")
+    plain_model = beit.load(tmp_path / "model")
+    assert file in Path("/proc/self/maps").read_text(), "else this says nothing"
+    del plain_model
+    engine = Engine(tmp_path / "model", "torch", precision)  # type: ignore[arg-type]
+    gc.collect()
+    assert file not in Path("/proc/self/maps").read_text()
+    assert engine.logits_array(noise(1, 3, 32, 32).numpy()).shape == (1, 4)

@@ -26,7 +26,7 @@ from beit.model import BeitConfig, BeitForImageClassification
 
 # Extra: (a module and the package that holds it, what it is for).
 EXTRAS = {
-    "openvino": ("openvino", "openvino", "faster answers on a processor, int8"),
+    "openvino": ("openvino", "openvino", "int8 and mostly faster answers on a processor"),
     "onnx": ("onnxruntime", "onnxruntime", "export to ONNX, and running it"),
     "parquet": ("pyarrow", "pyarrow", "pictures and results in Parquet"),
     "remote": ("fsspec", "fsspec", "pictures at s3://, gs://, hf://"),
@@ -185,7 +185,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
     machine, speed = facts["machine"], facts["speed"]
     found = []
     if speed["device"] == "cpu" and facts["extras"]["openvino"] is None:
-        found.append('pip install "beit[openvino]": graphs and int8, the fastest answers on a processor')
+        found.append('pip install "beit[openvino]": graphs and int8, mostly the fastest on a processor')
     if speed["device"] == "cpu" and _has_driver():
         found.append(
             f"there is a GPU, and torch {torch.__version__} sees none; pytorch.org/get-started has the "
