@@ -709,7 +709,7 @@ def load_optimizer_tensors(
         key, name = full_name.split(".", 1)
         parameter = parameters[name]
         if key == "step":  # a fused AdamW counts beside the parameter, any other on the CPU
-            value = value.to(parameter.device if optimizer.defaults.get("fused") else "cpu")
+            value = value.to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
         else:  # in the parameter's own strides, which a fused step takes for granted
             whole = distributed.spread(value, parameter)
             value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -154,6 +155,19 @@ def test_resume_is_bit_exact(tmp_path: Path, unbroken: Any, stop_after: int) -> 
     same(second.go(), unbroken[0])
     assert second.seen == list(range(stop_after // 4 * 4, 12))
     assert second.run.metrics_file.read_text() == unbroken[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_a_checkpoint_that_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
+    """Its tensors lie in mapped files, twelve bytes a parameter; one that stayed would keep its file."""
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", stop_after=5).go()
+    second = train(tmp_path / "run")
+    loop = second.run.steps(second.model, second.optimizer, 12, second.batches, 4, 5, ema=second.ema)
+    assert next(iter(loop))[0] == 4
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    loop.close()  # type: ignore[attr-defined]
 
 
 def test_another_seed_gives_other_weights(tmp_path: Path, unbroken: Any) -> None:

@@ -179,20 +179,23 @@ def rows_kept(out: Path, about: dict[str, Any]) -> int:
     """
     with so_far(out).open("a+b") as stream:
         stream.seek(0)
-        first = stream.readline()
-        if not first.endswith(b"\n"):  # none, or it was torn
-            stream.truncate(0)
-            stream.write(json.dumps(about).encode() + b"\n")
-            return 0
-        before = json.loads(first)
-        changed = [
-            f"{key} was {before[key]}, now {about[key]}" for key in about if before[key] != about[key]
-        ]
-        if changed:
+        first, begins = stream.readline(), json.dumps(about).encode() + b"\n"
+        if first != begins and stream.readline().endswith(b"\n"):
+            before = json.loads(first)
+            changed = [
+                f"{key} was {before[key]}, now {about[key]}"
+                for key in about
+                if before[key] != about[key]
+            ]
             raise ValueError(
                 f"{so_far(out)} was begun with something else ({', '.join(changed)}); give that to go on, "
                 "or remove it to begin again"
             )
+        if first != begins:  # none yet, or nothing behind it
+            stream.truncate(0)
+            stream.write(begins)
+            return 0
+        stream.seek(len(first))
         kept, end = 0, stream.tell()
         for number, line in enumerate(iter(stream.readline, b""), 1):
             if not line.endswith(b"\n"):
