@@ -640,7 +640,7 @@ def test_a_missing_runtime_is_named_and_auto_does_without(
         Engine(folder, runtime)
     engine = Engine(folder)
     assert engine.runtime == "torch"
-    assert 'pip install "beit[openvino]" is faster' in engine.why
+    assert 'pip install "beit[openvino]" may be faster' in engine.why
 
 
 def test_a_model_given_in_memory_is_used_as_it_is_now(files: list[Path]) -> None:
