@@ -183,9 +183,9 @@ def rows_kept(out: Path, about: dict[str, Any]) -> int:
         if first != begins and stream.readline().endswith(b"\n"):
             before = json.loads(first)
             changed = [
-                f"{key} was {before[key]}, now {about[key]}"
-                for key in about
-                if before[key] != about[key]
+                f"{key} was {before.get(key)}, now {value}"
+                for key, value in about.items()
+                if before.get(key) != value
             ]
             raise ValueError(
                 f"{so_far(out)} was begun with something else ({', '.join(changed)}); give that to go on, "
