@@ -2,7 +2,7 @@
 
 The graph takes prepared pictures: resizing differs between runtimes, and `image.preprocess` is the one
 that the weights know. The file says how they were prepared. The batch is free; the size is the one asked
-for, and bias tables and positions are resized to it.
+for, and bias tables and positions are resized to it, or within the graph where any size is asked for.
 
 int8 is post-training quantisation with pictures: weights by output channel, activations by tensor. The
 layers that cost most, each measured alone, stay as they were until the answers agree.
@@ -21,7 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from beit.any_size import any_size
 from beit.atomic import flush, write_atomically
 from beit.features import embed
 from beit.graphs import (
@@ -112,6 +114,7 @@ def export(
     anyway: bool = False,
     model_sha256: str = "",
     half_size: bool = False,
+    max_size: int | None = None,
 ) -> dict[str, Any]:
     """Write a graph file, if it agrees with the model, and for int8 a report beside it.
 
@@ -121,6 +124,8 @@ def export(
     min_agreement: share of these whose best class must be the model's, for int8; where the output has no
         classes, the lowest cosine. anyway: write int8 below it as well.
     half_size: OpenVINO only: keep constants as float16, for a graph that computes in bf16.
+    max_size: pixels of the longest side: pictures may have any size of whole patches, two or more a side,
+        up to it, and a mask is (B, h, w). It costs time at every picture.
     Returns the report. Raises ExportRefused, ValueError; OSError where the place cannot be written.
     """
     output = output or Output()
@@ -132,24 +137,29 @@ def export(
     if to == "onnx":
         _require_module("onnxscript", "onnx")
     if precision == "int8":
-        _check_int8(to, output, pictures)
+        _check_int8(to, output, pictures, max_size)
     model = _as_float32(model)
+    most = _check_max_size(model, max_size)
     whole = OutputOf(model, output).eval()
-    about = describe(model, output, precision, model_sha256)
-    inputs = _examples(model, output, pictures)
-    expected = _run(whole, inputs)
+    about = describe(model, output, precision, model_sha256, max_size)
+    inputs = _examples(model, output, pictures, most)
+    traced = OutputOf(any_size(model, most), output).eval() if most else whole
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
         made = Path(folder) / file.name
-        with _quietly(), torch.no_grad():  # what is traced without gradients is decomposed without them
-            program = _trace(whole, inputs)
+        # What is traced without gradients is decomposed without them. A fused kernel's order of memory,
+        # which the ONNX writer takes over, is one that it cannot write where sizes are symbols.
+        plain = sdpa_kernel(SDPBackend.MATH) if most else nullcontext()
+        with _quietly(), torch.no_grad(), plain:
+            program = _trace(traced, inputs[0], model.config.patch_size, most)
             write = {"onnx": _write_onnx, "openvino": _write_openvino, "torch": _write_torch}[to]
             write(program, made, about, half_size)
-        report: dict[str, Any] = {"file": file.name, "to": to, **_difference(made, inputs, expected)}
+        error, largest = _difference(made, whole, inputs)
+        report: dict[str, Any] = {"file": file.name, "to": to, "max_error": error}
         tolerance = 2e-3 if half_size else TOLERANCE
-        if not report["max_error"] <= tolerance * max(1.0, float(np.abs(expected).max())):
+        if not error <= tolerance * max(1.0, largest):
             raise ExportRefused(
                 f"{file} was not written: its output differs from the model's by "
-                f"{report['max_error']:.2g}, where {tolerance:g} is allowed"
+                f"{error:.2g}, where {tolerance:g} is allowed"
             )
         if precision == "int8":
             made, found = _quantise(model, whole, made, about, pictures, min_agreement)
@@ -169,7 +179,9 @@ def export(
     return report
 
 
-def describe(model: Beit, output: Output, precision: str, model_sha256: str = "") -> About:
+def describe(
+    model: Beit, output: Output, precision: str, model_sha256: str = "", max_size: int | None = None
+) -> About:
     """What a graph of this model says of itself."""
     classes = model.config.num_classes if output.kind == "classification" else 0
     return About(
@@ -182,6 +194,7 @@ def describe(model: Beit, output: Output, precision: str, model_sha256: str = ""
         config=asdict(model.config),
         model_sha256=model_sha256 or hash_of(model),
         made_by=f"beit {version('beit')}",
+        max_size=max_size,
     )
 
 
@@ -205,26 +218,54 @@ def _as_float32(model: Beit) -> Beit:
     return copy.deepcopy(model).to("cpu", torch.float32).eval()
 
 
-def _examples(model: Beit, output: Output, pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Three inputs to trace and to compare with: pictures where there are some, else noise."""
+def _check_max_size(model: Beit, max_size: int | None) -> int:
+    """Patches of the longest side that a graph takes; 0 where the size is the model's."""
+    if max_size is None:
+        return 0
+    usual, patch = max(model.config.image_height_width), model.config.patch_size
+    if max_size < max(usual, 2 * patch) or max_size % patch:
+        raise ValueError(
+            f"max_size {max_size} is not a multiple of {patch} from {max(usual, 2 * patch)} on, "
+            "the model's own size"
+        )
+    return max_size // patch
+
+
+def _examples(
+    model: Beit, output: Output, pictures: Sequence[np.ndarray], most: int
+) -> list[tuple[np.ndarray, ...]]:
+    """Inputs to compare with, three pictures each: pictures where there are some, else noise.
+
+    One of the usual size; where there may be others, the highest and the widest of two patches across:
+    every side's resize is in them, and a bias for all pairs of the largest size is not.
+    """
     rng = np.random.default_rng(0)
-    shape = (3, model.config.in_chans, *model.config.image_height_width)
-    images = rng.standard_normal(shape, dtype=np.float32)
-    if len(pictures) >= 3:
-        images = np.stack(pictures[:3])
-    if output.kind != "masked":
-        return (images,)
-    patches = model.config.grid[0] * model.config.grid[1]
-    return images, rng.random((3, patches)) < 0.4
+    config = model.config
+    grids = [config.grid, (most, 2), (2, most)] if most else [config.grid]
+    inputs = []
+    for h, w in grids:
+        shape = (3, config.in_chans, h * config.patch_size, w * config.patch_size)
+        images = rng.standard_normal(shape, dtype=np.float32)
+        if len(pictures) >= 3 and (h, w) == config.grid:
+            images = np.stack(pictures[:3])
+        mask = rng.random((3, h, w) if most else (3, h * w)) < 0.4
+        inputs.append((images, mask) if output.kind == "masked" else (images,))
+    return inputs
 
 
-def _trace(whole: nn.Module, inputs: tuple[np.ndarray, ...]) -> torch.export.ExportedProgram:
+def _trace(
+    whole: nn.Module, inputs: tuple[np.ndarray, ...], patch_size: int, most: int
+) -> torch.export.ExportedProgram:
+    """most: patches of the longest side, where sizes are free; else 0."""
     batch = torch.export.Dim("batch")
+    shapes: list[dict[int, Any]] = [{0: batch} for _ in inputs]
+    if most:  # torch takes a size of one for a constant
+        h, w = torch.export.Dim("h", min=2, max=most), torch.export.Dim("w", min=2, max=most)
+        shapes[0] |= {2: patch_size * h, 3: patch_size * w}
+        for mask in shapes[1:]:
+            mask |= {1: h, 2: w}
     return torch.export.export(
-        whole,
-        tuple(map(torch.from_numpy, inputs)),
-        dynamic_shapes=tuple({0: batch} for _ in inputs),
-        strict=False,
+        whole, tuple(map(torch.from_numpy, inputs)), dynamic_shapes=tuple(shapes), strict=False
     )
 
 
@@ -250,12 +291,12 @@ def _write_onnx(program: Any, file: Path, about: About, half_size: bool) -> None
 
 def _write_openvino(program: Any, file: Path, about: About, half_size: bool) -> None:
     graph = import_openvino().convert_model(program)
-    _attention_in_parts(graph)
+    _attention_in_parts(graph, about.config["embed_dim"] // about.config["num_heads"])
     graph.set_rt_info(about.to_json(), "beit")
     import_openvino().save_model(graph, file, compress_to_fp16=half_size)
 
 
-def _attention_in_parts(graph: Any) -> None:
+def _attention_in_parts(graph: Any, head_dim: int) -> None:
     """Write attention as products, bias and softmax: 3 % faster than as OpenVINO takes it apart itself."""
     from openvino import opset13 as opset
 
@@ -263,7 +304,7 @@ def _attention_in_parts(graph: Any) -> None:
         if node.get_type_name() != "ScaledDotProductAttention":
             continue
         queries, keys, values, *bias = (node.input_value(i) for i in range(node.get_input_size()))
-        scale = np.float32(queries.get_partial_shape()[3].get_length() ** -0.5)
+        scale = np.float32(head_dim**-0.5)
         scores = opset.multiply(opset.matmul(queries, keys, False, True), opset.constant(scale))
         weights = opset.softmax(opset.add(scores, bias[0]) if bias else scores, -1)
         node.output(0).replace(opset.matmul(weights, values, False, False).output(0))
@@ -275,15 +316,23 @@ def _run(whole: nn.Module, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
     return output
 
 
-def _difference(file: Path, inputs: tuple[np.ndarray, ...], expected: np.ndarray) -> dict[str, float]:
-    """How far the written file is from the model, for a batch of three and for one alone."""
+def _difference(
+    file: Path, whole: nn.Module, inputs: Sequence[tuple[np.ndarray, ...]]
+) -> tuple[float, float]:
+    """How far the written file is from the model, for batches of three and for one alone; and from what."""
     graph = open_graph(file)
-    three = graph(*inputs)
-    one = graph(*(part[:1] for part in inputs))
-    if three.shape != expected.shape:
-        raise ExportRefused(f"the graph answers {three.shape} where the model answers {expected.shape}")
-    worst = max(np.abs(three - expected).max(), np.abs(one - expected[:1]).max())
-    return {"max_error": float(worst)}
+    worst = largest = 0.0
+    for three in inputs:
+        expected = _run(whole, three)
+        for count in (3, 1):
+            found, wanted = graph(*(part[:count] for part in three)), expected[:count]
+            if found.shape != wanted.shape:
+                raise ExportRefused(
+                    f"the graph answers {found.shape} where the model answers {wanted.shape}"
+                )
+            worst = float(np.maximum(worst, np.abs(found - wanted).max()))
+        largest = float(np.maximum(largest, np.abs(expected).max()))
+    return worst, largest
 
 
 def _parts(file: Path) -> list[Path]:
@@ -320,9 +369,13 @@ def _quietly() -> Iterator[None]:
 # --- int8 ------------------------------------------------------------------------------------------------
 
 
-def _check_int8(to: Target, output: Output, pictures: Sequence[np.ndarray]) -> None:
+def _check_int8(
+    to: Target, output: Output, pictures: Sequence[np.ndarray], max_size: int | None
+) -> None:
     if to == "torch":
         raise ValueError("int8 is written for openvino and onnx")
+    if max_size is not None:
+        raise ValueError("int8 is calibrated at one size; leave out max_size, or write fp32")
     if output.kind == "masked":
         raise ValueError("int8 is for classification and features")
     if len(pictures) < 8:

@@ -5,7 +5,7 @@
 A graph carries how its pictures were prepared, its class names and what it computes, as one JSON text in
 the place that its format has for such; without it a file is refused. No torch here, but for .pt2.
 
-Shapes: B batch, any; the rest is fixed in the file.
+Shapes: B batch, any; H, W as the file says: one size, or any up to its `max_size`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,18 @@ class About:
     config: dict[str, Any]  # of the model it was made from
     model_sha256: str
     made_by: str
+    max_size: int | None = None  # pixels of the longest side, where any size of whole patches will do
+
+    def check(self, images: np.ndarray) -> None:
+        """Raise a GraphError for prepared pictures (B, 3, H, W) of a size that the graph cannot take."""
+        size, patch = images.shape[2:], int(self.config["patch_size"])
+        if self.max_size is None:
+            fits, allowed = size == self.image_spec.size, "{} x {}".format(*self.image_spec.size)
+        else:
+            fits = all(2 * patch <= side <= self.max_size and side % patch == 0 for side in size)
+            allowed = f"any multiple of {patch} from {2 * patch} to {self.max_size} a side"
+        if not fits:
+            raise GraphError(f"the graph takes pictures of {allowed}, not {' x '.join(map(str, size))}")
 
     @property
     def output(self) -> Output:
@@ -196,6 +208,7 @@ class OpenVinoGraph:
             self._compiled = core.compile_model(model, "CPU", settings)
 
     def __call__(self, *inputs: np.ndarray) -> np.ndarray:
+        self.about.check(inputs[0])
         return np.array(self._compiled(list(inputs), share_inputs=True)[0])
 
 
@@ -222,6 +235,7 @@ class OnnxGraph:
         self._names = [value.name for value in self._session.get_inputs()]
 
     def __call__(self, *inputs: np.ndarray) -> np.ndarray:
+        self.about.check(inputs[0])
         (output,) = self._session.run(None, dict(zip(self._names, inputs, strict=True)))
         return np.asarray(output)
 
@@ -251,6 +265,7 @@ class TorchGraph:
     def __call__(self, *inputs: np.ndarray) -> np.ndarray:
         import torch
 
+        self.about.check(inputs[0])
         with torch.no_grad():
             return self._module(*map(torch.from_numpy, inputs)).numpy()
 

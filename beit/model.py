@@ -375,7 +375,7 @@ class Beit(nn.Module):
             x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         if self.pos_embed is not None:
-            x = x + resize_positions(self.pos_embed, self.config.grid, self.grid_of(images))
+            x = x + self.positions(self.grid_of(images))
         return x
 
     def run_block(self, block: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -395,6 +395,11 @@ class Beit(nn.Module):
         # `index` makes them constants of a compiled graph: tables and positions differ by grid.
         size = self.config.patch_size
         return operator.index(height // size), operator.index(width // size)
+
+    def positions(self, grid: Grid) -> Tensor:
+        """The absolute positions (1, 1 + L, D) for a grid, of a model that has them."""
+        assert self.pos_embed is not None
+        return resize_positions(self.pos_embed, self.config.grid, grid)
 
     def relative_position_biases(self, grid: Grid) -> list[Tensor]:
         """The (1, H, N, N) bias of every block for a grid; empty for a model without bias.

@@ -30,16 +30,14 @@ def relative_position_index(grid: Grid) -> Tensor:
     """The table row each pair of tokens reads: (N, N) int64, [query, key]; token 0 is the class token."""
     h, w = grid
     rows = num_relative_distance(grid)
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    y, x = y.flatten(), x.flatten()
-    dy = y[:, None] - y[None, :] + h - 1
-    dx = x[:, None] - x[None, :] + w - 1
-    index = torch.empty(h * w + 1, h * w + 1, dtype=torch.int64)
-    index[1:, 1:] = dy * (2 * w - 1) + dx
-    index[0, :] = rows - 3
-    index[:, 0] = rows - 2
-    index[0, 0] = rows - 1
-    return index
+    y, x = torch.arange(h), torch.arange(w)
+    dy = y[:, None] - y + h - 1  # (h, h), [query, key]
+    dx = x[:, None] - x + w - 1
+    patches = (dy[:, None, :, None] * (2 * w - 1) + dx[:, None, :]).reshape(h * w, h * w)
+    from_class = torch.full((1, h * w), rows - 3)
+    to_class = torch.full((h * w, 1), rows - 2)
+    corner = torch.full((1, 1), rows - 1)
+    return torch.cat([torch.cat([corner, from_class], 1), torch.cat([to_class, patches], 1)])
 
 
 def gather_bias(table: Tensor, index: Tensor) -> Tensor:
@@ -83,18 +81,22 @@ def resize_bias_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
     """
     if source == target:
         return table
-    rows, heads = table.shape
+    rows = len(table)
     if rows != num_relative_distance(source):
         raise ValueError(
             f"a bias table for a {source[0]} x {source[1]} grid has {num_relative_distance(source)} "
             f"rows; this one has {rows}"
         )
-    side_y, side_x = 2 * source[0] - 1, 2 * source[1] - 1
-    offsets = table[:-CLASS_ROWS].double().view(side_y, side_x, heads)
-    to_y = _spline_matrix(side_y, 2 * target[0] - 1).to(table.device)
-    to_x = _spline_matrix(side_x, 2 * target[1] - 1).to(table.device)
-    resized = torch.einsum("ay,yxh,bx->abh", to_y, offsets, to_x)
-    return torch.cat([resized.reshape(-1, heads).to(table.dtype), table[-CLASS_ROWS:]])
+    to_y = _spline_matrix(2 * source[0] - 1, 2 * target[0] - 1).to(table.device)
+    to_x = _spline_matrix(2 * source[1] - 1, 2 * target[1] - 1).to(table.device)
+    return resize_bias_by(table, to_y, to_x)
+
+
+def resize_bias_by(table: Tensor, to_y: Tensor, to_x: Tensor) -> Tensor:
+    """As above, by spline matrices (target, source) of the offsets of each side, in their dtype."""
+    offsets = table[:-CLASS_ROWS].to(to_y.dtype).unflatten(0, (to_y.shape[1], to_x.shape[1]))
+    resized = torch.einsum("ay,yxh,bx->abh", to_y, offsets, to_x).flatten(0, 1)
+    return torch.cat([resized.to(table.dtype), table[-CLASS_ROWS:]])
 
 
 def geometric_ratio(source_side: int, target_side: int) -> float:

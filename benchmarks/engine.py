@@ -3,14 +3,16 @@
     python benchmarks/engine.py speed --models beit_base_patch16_384 beit_large_patch16_224
     python benchmarks/engine.py memory --pictures 1000
     python benchmarks/engine.py ahead --pictures 200
+    python benchmarks/engine.py sizes --model beit_base_patch16_384
     python benchmarks/engine.py parity --model RUN --data PICTURES --int8 FILE
 
 speed: random weights, prepared noise, batch 1 and 4; each case in a process of its own, all cases in turn,
 so that what else the machine does meets all of them; ratios are to transformers (sdpa, fp32) of the same
 run. memory: the same photographs-sized JPEGs are classified from files; peak (VmHWM) when 100 and when all
-are done. ahead: pictures a second from files beside those of the model alone, in turns. parity: against
-torch in fp32 on photographs, with a trained model. For speed and memory int8 graphs are calibrated on
-noise, all layers in int8; what they answer is judged by parity. Linux only. Prints Markdown.
+are done. ahead: pictures a second from files beside those of the model alone, in turns. sizes: a graph of
+any size beside one of the model's own, at that size, batch 1, in turns. parity: against torch in fp32 on
+photographs, with a trained model. For speed and memory int8 graphs are calibrated on noise, all layers in
+int8; what they answer is judged by parity. Linux only. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ import numpy as np
 import torch
 
 import beit.export
-from beit.checkpoints import save
+from beit.checkpoints import load_model, save
 from beit.commands.bench import PACKAGES, ceiling, in_a_process, peak_mib, rival
 from beit.data import open_source
 from beit.engine import Engine, Runtime, machine
 from beit.export import export
 from beit.flops import forward_flops
-from beit.graphs import multiplies_bf16
+from beit.graphs import SUFFIX_OF, multiplies_bf16, open_graph
 from beit.image import preprocess, read_image
 from beit.model import VARIANTS, BeitForImageClassification
 
@@ -64,6 +66,10 @@ def main() -> None:
     ahead_.add_argument("--pictures", type=int, default=200)
     ahead_.add_argument("--batch-size", type=int, default=4)
     ahead_.add_argument("--rounds", type=int, default=3)
+    sizes_ = kinds.add_parser("sizes")
+    sizes_.add_argument("--model", default="beit_base_patch16_384")
+    sizes_.add_argument("--max-size", type=int, default=640)
+    sizes_.add_argument("--rounds", type=int, default=8)
     parity_ = kinds.add_parser("parity")
     parity_.add_argument("--model", required=True)
     parity_.add_argument("--data", required=True)
@@ -73,7 +79,9 @@ def main() -> None:
     if given.what == "memory" and given.one:
         print(json.dumps(classify_all(json.loads(given.one))))
         return
-    {"speed": speed, "memory": memory, "ahead": ahead, "parity": parity}[given.what](given)
+    {"speed": speed, "memory": memory, "ahead": ahead, "sizes": sizes, "parity": parity}[given.what](
+        given
+    )
     print(f"\n{machine()}, {torch.get_num_threads()} threads; {', '.join(versions())}")
 
 
@@ -263,6 +271,38 @@ def ahead(given: argparse.Namespace) -> None:
                 paces["files"].append(answered / (time.perf_counter() - between))
             alone, whole = (np.median(paces[kind]) for kind in ("alone", "files"))
             print(f"| {name} | {alone:.1f} | {whole:.1f} | {whole / alone:.1%} |", flush=True)
+
+
+# --- Any size ------------------------------------------------------------------------------------
+
+
+def sizes(given: argparse.Namespace) -> None:
+    """What it costs at the usual size that a graph takes others too."""
+    print(f"| {given.model} | one size, ms | any to {given.max_size}, ms | times |")
+    print("|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_model(make_model(given.model, Path(folder)))
+        image = np.zeros((1, 3, *model.config.image_height_width), np.float32)
+        for to, precisions in (
+            ("openvino", ("fp32", "bf16")),
+            ("onnx", ("fp32",)),
+            ("torch", ("fp32",)),
+        ):
+            files = [Path(folder) / f"{name}{SUFFIX_OF[to]}" for name in ("one", "any")]
+            export(model, files[0], to)  # type: ignore[arg-type]
+            export(model, files[1], to, max_size=given.max_size)  # type: ignore[arg-type]
+            for precision in precisions:
+                took: dict[Path, list[float]] = {file: [] for file in files}
+                graphs = {file: open_graph(file, precision) for file in files}
+                for graph in graphs.values():
+                    graph(image)
+                for _ in range(given.rounds):
+                    for file, graph in graphs.items():
+                        began = time.perf_counter()
+                        graph(image)
+                        took[file].append(1000 * (time.perf_counter() - began))
+                one, free = (float(np.median(each)) for each in took.values())
+                print(f"| {to} {precision} | {one:.0f} | {free:.0f} | {free / one:.2f} |", flush=True)
 
 
 # --- Parity --------------------------------------------------------------------------------------

@@ -122,6 +122,64 @@ def test_a_masked_model_guesses_the_tokens_of_all_patches(pictures: np.ndarray, 
     np.testing.assert_allclose(ours[mask], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("positions", ["per_block", "shared", "none"])
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_graph_of_any_size_resizes_bias_and_positions_as_the_model(
+    to: Any, positions: Any, tmp_path: Path
+) -> None:
+    config = replace(
+        CONFIG, img_size=(32, 24), rel_pos_bias=positions, use_abs_pos_emb=positions == "none"
+    )
+    model, generator = BeitForImageClassification(config).eval(), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    file = tmp_path / f"any{SUFFIX_OF[to]}"
+    export(model, file, to, max_size=72)
+    graph = open_graph(file)
+    assert graph.about.max_size == 72
+    rng = np.random.default_rng(3)
+    for batch, height, width in [
+        (1, 32, 24),
+        (4, 32, 24),
+        (2, 24, 32),
+        (1, 72, 16),
+        (3, 16, 72),
+        (2, 72, 72),
+    ]:
+        images = rng.standard_normal((batch, 3, height, width), dtype=np.float32)
+        np.testing.assert_allclose(graph(images), logits(model, images), atol=1e-4)
+    for height, width in [(80, 32), (32, 28), (8, 32), (0, 32)]:
+        with pytest.raises(GraphError, match=f"from 16 to 72 a side, not {height} x {width}"):
+            graph(np.zeros((1, 3, height, width), np.float32))
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_masked_model_of_any_size_takes_masks_of_the_grid(to: Any, tmp_path: Path) -> None:
+    masked = BeitForMaskedImageModeling(CONFIG.for_pretraining(11)).eval()
+    with torch.no_grad():
+        assert masked.rel_pos_bias is not None
+        masked.rel_pos_bias.relative_position_bias_table.normal_(
+            generator=torch.Generator().manual_seed(4)
+        )
+    file = tmp_path / f"m{SUFFIX_OF[to]}"
+    export(masked, file, to, Output("masked"), max_size=48)
+    rng = np.random.default_rng(5)
+    images = rng.standard_normal((2, 3, 24, 48), dtype=np.float32)
+    mask = rng.random((2, 3, 6)) < 0.5
+    with torch.no_grad():
+        expected = masked(torch.from_numpy(images), torch.from_numpy(mask)).numpy()
+    ours = open_graph(file)(images, mask)
+    assert ours.shape == (2, 18, 11)
+    np.testing.assert_allclose(ours[mask.reshape(2, 18)], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_graph_of_one_size_says_which(to: str, graphs: dict[str, Path]) -> None:
+    with pytest.raises(GraphError, match="takes pictures of 32 x 32, not 32 x 40"):
+        open_graph(graphs[to])(np.zeros((1, 3, 32, 40), np.float32))
+
+
 def test_half_precision_weights_and_other_inputs_do_not_change_the_model(
     pictures: np.ndarray, tmp_path: Path
 ) -> None:
@@ -139,12 +197,12 @@ def test_a_graph_that_differs_is_not_written(
     file.write_text("from before")
     honest = beit.export._trace
 
-    def wrong(whole: OutputOf, inputs: tuple[np.ndarray, ...]) -> Any:
+    def wrong(whole: OutputOf, inputs: tuple[np.ndarray, ...], *sizes: int) -> Any:
         other = BeitForImageClassification(CONFIG).eval()
         other.load_state_dict(model.state_dict())
         with torch.no_grad():
             other.blocks[1].attn.relative_position_bias_table[3] += 0.5  # type: ignore[union-attr,index,operator]
-        return honest(OutputOf(other, whole.output), inputs)
+        return honest(OutputOf(other, whole.output), inputs, *sizes)
 
     monkeypatch.setattr(beit.export, "_trace", wrong)
     with pytest.raises(ExportRefused, match="differs from the model's by"):
@@ -254,6 +312,9 @@ def test_the_layers_that_cost_most_are_kept_out_of_int8(
         ({"to": "coreml", "file": "a.onnx"}, "'coreml' is not one of"),
         ({"precision": "int8"}, "8 or more.*0 were given"),
         ({"precision": "int8", "to": "torch", "file": "a.pt2"}, "int8 is written for"),
+        ({"max_size": 36}, "max_size 36 is not a multiple of 8 from 32 on"),
+        ({"max_size": 24}, "max_size 24 is not a multiple of 8 from 32 on"),
+        ({"max_size": 64, "precision": "int8"}, "one size; leave out max_size"),
         ({"output": Output("masked")}, "guesses no tokens"),
         ({"output": Output("features", "mean", 3)}, "layers 0 to 2"),
         ({"output": Output("features", "both")}, "'both' is not one of"),  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ FLOORS = {
     3: {"engine", "probe", "report", "split"},
     2: {"features", "export", "checkpoints", "data", "run", "visualize", "embeddings"},
     1: {"vqkd", "augment", "unpickle", "hub", "layouts", "configs", "handover", "distributed",
-        "listing", "snapshots", "flops", "duplicates", "graphs", "folded"},
+        "listing", "snapshots", "flops", "duplicates", "graphs", "folded", "any_size"},
     0: {"model", "relative_position", "tokenizer", "masking", "image", "metrics", "optim", "precision",
         "atomic", "recipes", "workers", "stop", "criterion"},
 }  # fmt: skip

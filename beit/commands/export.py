@@ -41,6 +41,8 @@ class Export:
     """Block whose states are the features; the end, through the last norm, if not given."""
     img_size: PositiveInt | None = None
     """Pixels, if not the model's own; the bias is resized."""
+    max_size: PositiveInt | None = None
+    """Take pictures of any size, rectangles too, up to so many pixels a side; slower for the usual one."""
     precision: Literal["fp32", "int8"] = "fp32"
     pictures: Path | None = None
     """For int8: a folder, list or shards of the kind of pictures it will see."""
@@ -77,6 +79,7 @@ def export(settings: Export) -> dict[str, Any]:
         min_agreement=settings.min_agreement,
         anyway=settings.anyway,
         model_sha256=sha256_of(resolve(settings.model)),
+        max_size=settings.max_size,
     )
     if settings.json:
         print(json.dumps(report, ensure_ascii=False))
