@@ -242,7 +242,7 @@ def _examples(
     rng = np.random.default_rng(0)
     config = model.config
     grids = [config.grid, (most, 2), (2, most)] if most else [config.grid]
-    inputs = []
+    inputs: list[tuple[np.ndarray, ...]] = []
     for h, w in grids:
         shape = (3, config.in_chans, h * config.patch_size, w * config.patch_size)
         images = rng.standard_normal(shape, dtype=np.float32)
