@@ -276,20 +276,34 @@ class Embeddings:
             for shard, row in zip(shards, rows, strict=True)
         ]
 
-    def nearest(self, queries: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows with the highest cosine to each query, over all rows; equal ones in their order.
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors of rows, numbered over all shards: (len(rows), D), float16 or float32."""
+        shards = np.searchsorted(self.ends, rows, side="right")
+        firsts = np.concatenate([[0], self.ends])
+        found = np.empty((len(rows), *self.manifest.shape), DTYPES[self.manifest.dtype])
+        for shard in np.unique(shards):
+            here = shards == shard
+            found[here] = self.vectors(int(shard))[rows[here] - firsts[shard]]
+        return found
 
-        queries: (Q, D), any length. Returns cosines float64 and rows int64, both (Q, min(top, rows)).
-        """
+    def check_queries(self, queries: np.ndarray) -> None:
+        """Raise EmbeddingsError for queries (Q, D) that have no cosine to what the folder holds."""
         if len(self.manifest.shape) != 1 or queries.shape[1:] != self.manifest.shape:
             raise EmbeddingsError(
                 f"{self.folder} holds vectors of {self.manifest.shape} numbers, and queries have "
                 f"{queries.shape[1:]}; only single vectors of one model can be compared"
             )
+
+    def nearest(self, queries: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows with the highest cosine to each query, over all rows; equal ones in their order.
+
+        queries: (Q, D), any length. Returns cosines float64 and rows int64, both (Q, min(top, rows)).
+        """
+        self.check_queries(queries)
         exact = unit(queries.astype(np.float64))
         coarse = exact.astype(np.float32)
         best = [(np.empty(0), np.empty(0, dtype=np.int64)) for _ in queries]
-        for first, block in self._blocks():
+        for first, block in self.blocks():
             lengths = np.linalg.norm(block, axis=1)
             cosines = coarse @ block.T / np.maximum(lengths, np.float32(1e-30))  # (Q, rows)
             for number, row in enumerate(cosines):
@@ -305,7 +319,7 @@ class Embeddings:
                 best[number] = (values[order], rows[order])
         return np.stack([values for values, _ in best]), np.stack([rows for _, rows in best])
 
-    def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """(number of its first row, float32 (rows, D)) of some rows after the other."""
         height = max(1, BLOCK_BYTES // (4 * self.manifest.shape[0]))
         first = 0

@@ -21,7 +21,7 @@ FLOORS = {
     5: {"commands"},  # and every file in it
     4: {"labelled", "frozen", "validation", "classifier_report", "label_review", "finetune_defaults",
         "finetune_report", "watch"},
-    3: {"engine", "probe", "report", "split"},
+    3: {"engine", "probe", "report", "split", "faiss_index"},
     2: {"features", "export", "checkpoints", "data", "run", "visualize", "embeddings"},
     1: {"vqkd", "augment", "unpickle", "hub", "layouts", "configs", "handover", "distributed",
         "listing", "snapshots", "flops", "duplicates", "graphs", "folded", "any_size"},

@@ -28,6 +28,7 @@ from beit.model import BeitConfig, BeitForImageClassification
 EXTRAS = {
     "openvino": ("openvino", "openvino", "int8 and mostly faster answers on a processor"),
     "onnx": ("onnxruntime", "onnxruntime", "export to ONNX, and running it"),
+    "faiss": ("faiss", "faiss-cpu", "beit search --approximate"),
     "parquet": ("pyarrow", "pyarrow", "pictures and results in Parquet"),
     "remote": ("fsspec", "fsspec", "pictures at s3://, gs://, hf://"),
     "demo": ("sklearn", "scikit-learn", "beit demo"),

@@ -1,4 +1,4 @@
-"""`beit search`: the pictures of a folder of embeddings that are most like others, by cosine, exactly."""
+"""`beit search`: the pictures of a folder of embeddings that are most like others, by cosine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import html
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 from PIL import Image, ImageDraw, ImageOps
 
+from beit import faiss_index
 from beit.atomic import CannotWrite, check_place, replacing
 from beit.data import ImageSource, find_pictures, open_source
 from beit.embeddings import Embeddings, EmbeddingsError, Manifest, model_sha256
@@ -33,8 +34,7 @@ GREY = (200, 200, 200)  # what a picture that is gone looks like
 @dataclass(frozen=True)
 class Search:
     folder: Path
-    """What `beit embed` wrote. Every vector is compared, exactly; there is no index such as faiss:
-    its own exact one is slower for a command that answers once (docs/log.md)."""
+    """What `beit embed` wrote. Every vector is compared, exactly, unless --approximate."""
     images: Annotated[list[str], Parameter(consume_multiple=True, allow_leading_hyphen=True)]
     """Pictures to find the like of; all that `beit embed` takes, or - for a list on stdin."""
     _: KW_ONLY
@@ -42,6 +42,9 @@ class Search:
     """The model of the folder, where it lies elsewhere than the folder says."""
     top: PositiveInt = 10
     """Neighbours of each picture."""
+    approximate: bool = False
+    """Look into a part of the vectors, by an index of faiss that the first search makes and keeps: for
+    millions. A neighbour may be missing; how many, it measures and says (extra: faiss)."""
     sheet: Path | None = None
     """Draw the pictures and their neighbours, a row each, into this .jpg, .png or .html."""
     json: bool = False
@@ -72,11 +75,14 @@ def search(settings: Search) -> list[Found]:
     if sheet is not None and sheet.suffix.lower() not in SHEETS:
         raise ValueError(f"--sheet {sheet} must end in {', '.join(SHEETS[:-1])} or {SHEETS[-1]}")
     check_place(sheet)
+    if settings.approximate:
+        faiss_index.require()
     folder = Embeddings(settings.folder)
     check(folder)
     pictures = pictures_of(find_pictures(settings.images, "search"))
     queries = embed(pictures, folder.manifest, settings)
-    found = neighbours(folder, queries, settings.top)
+    nearest = faiss_index.nearest if settings.approximate else Embeddings.nearest
+    found = neighbours(folder, queries, settings.top, nearest)
 
     if settings.json:
         for one in found:
@@ -148,12 +154,17 @@ def embed(pictures: list[Picture], held: Manifest, settings: Search) -> list[Emb
     return list(engine.embed(pictures, held.pooling, held.layer))  # type: ignore[arg-type]
 
 
-def neighbours(folder: Embeddings, queries: Sequence[Embedding], top: int) -> list[Found]:
+def neighbours(
+    folder: Embeddings,
+    queries: Sequence[Embedding],
+    top: int,
+    nearest: Callable[[Embeddings, np.ndarray, int], tuple[np.ndarray, np.ndarray]],
+) -> list[Found]:
     """The pictures of the folder nearest to each query, by cosine."""
     vectors = [query.vector for query in queries if query.vector is not None]
     if not vectors:
         return [Found(query.path, (), query.error) for query in queries]
-    cosines, rows = folder.nearest(np.stack(vectors), top)
+    cosines, rows = nearest(folder, np.stack(vectors), top)
     paths = iter(folder.paths(rows.ravel().tolist()))
     values = iter(cosines.ravel().tolist())
     found = []

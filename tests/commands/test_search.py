@@ -77,6 +77,18 @@ def test_neighbours_are_those_of_brute_force(cli: Cli, model: Path, photos: Path
     assert first[0]["cosine"] == first[1]["cosine"] == pytest.approx(1, abs=1e-5)
 
 
+def test_approximate_search_gives_the_same_lines(
+    cli: Cli, photos: Path, vectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    query = photos / "disc" / "00.png"
+    exact = cli("search", vectors, query, top=5, json=True)
+    code, out, err = cli("search", vectors, query, top=5, json=True, approximate=True)
+    assert (code, out) == (0, exact[1])  # 31 pictures are one list
+    assert "faiss: making an index of 31 vectors, once" in err
+
+
 def test_queries_are_embedded_as_the_folder_was(
     cli: Cli, model: Path, photos: Path, tmp_path: Path
 ) -> None:
