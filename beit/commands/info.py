@@ -1,9 +1,10 @@
-"""`beit info`: what a model file or folder is, without guessing; or what a named size would be."""
+"""`beit info`: what a model, tokenizer or graph is, without guessing; or what a named size would be."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from cyclopts.types import PositiveInt
 from beit.checkpoints import describe_family, find_weights, is_tokenizer, load_tokenizer
 from beit.engine import known_choice
 from beit.flops import forward_flops
+from beit.graphs import RUNTIME_OF, is_graph, open_graph
 from beit.hub import is_size, resolve, sha256_of
 from beit.model import VARIANTS, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 
@@ -23,7 +25,8 @@ from beit.model import VARIANTS, BeitConfig, BeitForImageClassification, BeitFor
 @dataclass(frozen=True)
 class Info:
     model: str
-    """Folder, file, hub:owner/name or a name of `beit models`; a tokenizer's too; or the name of a size."""
+    """Folder, file, hub:owner/name or a name of `beit models`; a tokenizer's or an exported graph's too; or
+    the name of a size."""
     _: KW_ONLY
     num_heads: PositiveInt | None = None
     """Attention heads, where the file does not say and they are not 64 wide."""
@@ -37,6 +40,8 @@ def info(settings: Info) -> dict[str, Any]:
     """Tell what a model is: family, size, classes, preparation, parameters, provenance, hash."""
     if is_size(settings.model) and settings.model in VARIANTS:
         facts = describe_size(settings.model)
+    elif is_graph(settings.model):
+        facts = describe_graph(Path(settings.model))
     else:
         path = resolve(settings.model)
         tokenizer = is_tokenizer(path)
@@ -98,10 +103,7 @@ def describe_encoder(path: Path, settings: Info) -> dict[str, Any]:
         "preparation": dataclasses.asdict(spec),
     }
     if found.id2label:
-        names = [found.id2label[i] for i in range(min(6, len(found.id2label)))]
-        facts["classes"] = f"{len(found.id2label)}: {'; '.join(names)}" + (
-            "; …" if len(found.id2label) > len(names) else ""
-        )
+        facts["classes"] = _classes([found.id2label[i] for i in range(len(found.id2label))])
     if found.ignored:
         reasons = dict.fromkeys(found.ignored.values())
         facts["ignored"] = [f"{list(found.ignored.values()).count(r)} entries: {r}" for r in reasons]
@@ -110,6 +112,38 @@ def describe_encoder(path: Path, settings: Info) -> dict[str, Any]:
     if found.provenance:
         facts["provenance"] = found.provenance
     return facts
+
+
+def _classes(names: Sequence[str]) -> str:
+    return f"{len(names)}: {'; '.join(names[:6])}{'; …' if len(names) > 6 else ''}"
+
+
+def describe_graph(file: Path) -> dict[str, Any]:
+    """The facts of a file that `beit export` wrote. Raises GraphError, ValueError for a missing extra."""
+    about = open_graph(file).about
+    height, width = about.image_spec.size
+    what = {
+        "classification": "classes",
+        "masked": "tokens of hidden patches",
+        "features": f"features, pooling {about.pooling}, "
+        + ("at the end" if about.layer is None else f"layer {about.layer}"),
+    }
+    others = "" if about.max_size is None else f", and any size up to {about.max_size}"
+    facts: dict[str, Any] = {
+        "family": f"graph for {RUNTIME_OF[file.suffix]}: {what[about.kind]}",
+        "precision": about.precision,
+        "img_size": f"{height} x {width} pixels{others}, patches of {about.config['patch_size']}",
+        "preparation": dataclasses.asdict(about.image_spec),
+    }
+    if about.labels:
+        facts["classes"] = _classes(about.labels)
+    report = file.with_suffix(".json")
+    if about.precision == "int8" and report.is_file():
+        told = json.loads(report.read_text(encoding="utf-8"))
+        facts["agreement"] = (
+            f"{told['agreement_is']} {told['agreement']:.2%} of {told['measured_on']} pictures"
+        )
+    return facts | {"made_by": about.made_by, "model_sha256": about.model_sha256}
 
 
 def describe_tokenizer(path: Path, settings: Info) -> dict[str, Any]:

@@ -43,8 +43,7 @@ class Search:
     top: PositiveInt = 10
     """Neighbours of each picture."""
     approximate: bool = False
-    """Look into a part of the vectors, by an index of faiss that the first search makes and keeps: for
-    millions. A neighbour may be missing; how many, it measures and says (extra: faiss)."""
+    """For millions: a faiss index, made once, of which it says how many of the true neighbours it finds."""
     sheet: Path | None = None
     """Draw the pictures and their neighbours, a row each, into this .jpg, .png or .html."""
     json: bool = False

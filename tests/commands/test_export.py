@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Cli
 
@@ -25,6 +26,9 @@ def test_an_int8_graph_is_calibrated_on_pictures_and_scored_by_evaluate(
     assert code == 0
     report = json.loads(out)
     assert report == json.loads(file.with_suffix(".json").read_text())
+    told = json.loads(cli("info", file, json=True)[1])
+    assert (told["precision"], told["img_size"]) == ("int8", "32 x 32 pixels, patches of 8")
+    assert told["agreement"] == f"same best class {report['agreement']:.2%} of 18 pictures"
     assert (report["calibrated_on"], report["measured_on"]) == (18, 18)
     assert open_graph(file).about.model_sha256 == sha256_of(finetuned.folder)
     code, out, _ = cli("evaluate", shapes, model=file, json=True)
@@ -43,9 +47,25 @@ def test_another_size_resizes_the_bias(cli: Cli, finetuned: Done, shapes: Path, 
     assert engine.logits_of(open_source(shapes, "val")).shape == (15, 3)
 
 
+def test_a_graph_of_any_size_answers_at_its_usual_one_and_says_what_it_takes(
+    cli: Cli, finetuned: Done, shapes: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "any.onnx"
+    assert cli("export", finetuned.folder, to="onnx", out=file, max_size=64)[0] == 0
+    ours = Engine(file).logits_of(open_source(shapes, "val"))
+    exact = Engine(finetuned.folder, "torch", "fp32").logits_of(open_source(shapes, "val"))
+    np.testing.assert_allclose(ours, exact, atol=1e-3)
+    code, out, _ = cli("info", file)
+    assert code == 0
+    assert "graph for onnx: classes" in out
+    assert "32 x 32 pixels, and any size up to 64, patches of 8" in out
+    assert "3: disc; square; triangle" in out
+
+
 @pytest.mark.parametrize(
     ("wrong", "code", "cause"),
     [
+        ({"max_size": 36}, 2, "max_size 36 is not a multiple of 8 from 32 on"),
         ({"precision": "int8"}, 2, "--pictures PLACE"),
         ({"to": "coreml"}, 2, "coreml"),
         ({"out": "no/such/a.onnx"}, 6, "no/such is not a folder"),

@@ -122,3 +122,14 @@ def test_what_is_no_model_ends_in_code_5(cli: Cli, tmp_path: Path) -> None:
         code, out, err = cli("info", source)
         assert (code, out) == (5, "")
         assert source.name in err
+
+
+def test_a_graph_that_is_not_there_or_none_of_ours_ends_in_code_5(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "a.pt2").write_bytes(b"no graph")
+    for file, cause in (
+        (tmp_path / "b.pt2", "does not exist"),
+        (tmp_path / "a.pt2", "is no torch.export"),
+    ):
+        code, out, err = cli("info", file)
+        assert (code, out) == (5, "")
+        assert cause in err
