@@ -1,8 +1,8 @@
 """A model whose graph takes pictures of any size: bias tables and positions are resized inside it.
 
 A resize is one small matrix a side that depends on the two sizes alone. The graph holds one for each side
-a grid may have, 2 to 4 MB for up to 64 patches, and picks by the picture's. It gathers the bias anew for every
-batch, so for one size a graph of that size alone is faster.
+a grid may have, 2 to 4 MB for up to 64 patches, and picks by the picture's. It gathers the bias anew for
+every batch, so for one size a graph of that size alone is faster.
 
 Shapes: h, w a picture's patch grid, s a side of the model's; N = 1 + h w, H heads, D width.
 """
