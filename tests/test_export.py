@@ -27,13 +27,18 @@ NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 TARGETS = ["torch", "onnx", "openvino"]
 
 
-@pytest.fixture(scope="module")
-def model() -> BeitForImageClassification:
-    model = BeitForImageClassification(CONFIG)
-    generator = torch.Generator().manual_seed(0)
+def fill(model: torch.nn.Module, seed: int) -> None:
+    """Weights, biases and tables that all matter."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(scope="module")
+def model() -> BeitForImageClassification:
+    model = BeitForImageClassification(CONFIG)
+    fill(model, seed=0)
     model.id2label = dict(enumerate(NAMES))
     model.image_spec = ImageSpec((32, 32), resize="squash", filter="bilinear", mean=(0.1, 0.2, 0.3))
     return model.eval()
@@ -90,10 +95,8 @@ def test_a_graph_names_no_file_of_the_machine_that_wrote_it(to: str, graphs: dic
 @pytest.mark.parametrize("to", TARGETS)
 def test_a_plain_vit_without_biases_is_exported(to: Any, pictures: np.ndarray, tmp_path: Path) -> None:
     config = replace(CONFIG, rel_pos_bias="none", use_abs_pos_emb=True)
-    vit, generator = BeitForImageClassification(config).eval(), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    vit = BeitForImageClassification(config).eval()
+    fill(vit, seed=1)
     file = tmp_path / f"vit{SUFFIX_OF[to]}"
     export(vit, file, to)
     np.testing.assert_allclose(open_graph(file)(pictures[:3]), logits(vit, pictures[:3]), atol=1e-4)
@@ -130,10 +133,8 @@ def test_a_graph_of_any_size_resizes_bias_and_positions_as_the_model(
     config = replace(
         CONFIG, img_size=(32, 24), rel_pos_bias=positions, use_abs_pos_emb=positions == "none"
     )
-    model, generator = BeitForImageClassification(config).eval(), torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    model = BeitForImageClassification(config).eval()
+    fill(model, seed=2)
     file = tmp_path / f"any{SUFFIX_OF[to]}"
     export(model, file, to, max_size=72)
     graph = open_graph(file)

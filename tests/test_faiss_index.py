@@ -46,6 +46,15 @@ def test_what_it_finds_are_the_neighbours_of_exact_search(
         np.testing.assert_array_equal(ours[both[0]], right[both[1]])
 
 
+def test_the_picture_itself_is_not_counted_as_found(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "v", groups(3000, seed=1), shard_size=700)
+    index = beit.faiss_index.opened(folder)
+    queries = beit.faiss_index.sample(folder, 200)
+    true = folder.nearest(queries, 11)[1][:, 1:]
+    found = beit.faiss_index.found_by(index, folder, queries, 11)[1]
+    assert np.mean([len(np.intersect1d(*pair)) / 10 for pair in zip(true, found, strict=True)]) >= 0.99
+
+
 def test_not_every_list_is_looked_into(tmp_path: Path) -> None:
     folder = filled(tmp_path / "v", groups(3000, seed=1), shard_size=700)
     index = beit.faiss_index.opened(folder)

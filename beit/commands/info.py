@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,11 +139,12 @@ def describe_graph(file: Path) -> dict[str, Any]:
     if about.labels:
         facts["classes"] = _classes(about.labels)
     report = file.with_suffix(".json")
-    if about.precision == "int8" and report.is_file():
-        told = json.loads(report.read_text(encoding="utf-8"))
-        facts["agreement"] = (
-            f"{told['agreement_is']} {told['agreement']:.2%} of {told['measured_on']} pictures"
-        )
+    if about.precision == "int8":
+        with suppress(OSError, ValueError, KeyError, TypeError):  # lost, or another's file of that name
+            told = json.loads(report.read_text(encoding="utf-8"))
+            facts["agreement"] = (
+                f"{told['agreement_is']} {told['agreement']:.2%} of {told['measured_on']} pictures"
+            )
     return facts | {"made_by": about.made_by, "model_sha256": about.model_sha256}
 
 

@@ -31,6 +31,8 @@ def test_an_int8_graph_is_calibrated_on_pictures_and_scored_by_evaluate(
     assert told["agreement"] == f"same best class {report['agreement']:.2%} of 18 pictures"
     assert (report["calibrated_on"], report["measured_on"]) == (18, 18)
     assert open_graph(file).about.model_sha256 == sha256_of(finetuned.folder)
+    file.with_suffix(".json").write_text("{}")
+    assert "agreement" not in json.loads(cli("info", file, json=True)[1])
     code, out, _ = cli("evaluate", shapes, model=file, json=True)
     assert code == 0
     exact = json.loads(cli("evaluate", shapes, model=finetuned.folder, json=True)[1])
