@@ -43,12 +43,13 @@ from beit.configs import (
     read_timm_spec,
     read_transformers_config,
 )
-from beit.handover import hand_over, resized_spec
+from beit.handover import hand_over
 from beit.hub import class_names, resolve
 from beit.image import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageSpec,
+    resized_spec,
     timm_spec,
     transformers_spec,
     unilm_spec,
@@ -177,7 +178,7 @@ def load_model(
         model = cls(config)
     model.image_spec = image_spec or found.image_spec
     if image_spec is None and config.image_height_width != found.config.image_height_width:
-        model.image_spec = resized_spec(model, config)
+        model.image_spec = resized_spec(model.image_spec, config.image_height_width)
     model.id2label = found.id2label if keep_head and classifies else {}
     taken, report, unknown = hand_over(found.tensors, found.config, model, keep_head)
     assert not unknown, f"tensors that passed for known are not: {unknown}"

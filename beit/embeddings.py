@@ -79,6 +79,7 @@ class Manifest:
     normalise: bool
     format: Format
     shard_size: int
+    img_size: int | None = None  # asked for; None is the model's own
 
     @property
     def shards(self) -> int:

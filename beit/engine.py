@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -49,7 +49,7 @@ from beit.graphs import (
     require,
 )
 from beit.hub import resolve, sha256_of
-from beit.image import BadImage, ImageSpec, Source, open_image, preprocess
+from beit.image import BadImage, ImageSpec, Source, open_image, preprocess, resized_spec
 from beit.listing import cache_folder
 from beit.workers import make_ahead
 
@@ -132,6 +132,8 @@ class Engine:
     batch_size: pictures that the model sees at once. As many are prepared ahead.
     workers: threads that read and prepare pictures; one a processor, up to 8, where None.
     compile: torch alone: compile each block, for many pictures on a GPU; the first batch then takes long.
+    img_size: pixels a side of what the model sees, where it is not the model's own: tables and positions
+        are resized. Of graph files only those of any size take it.
     """
 
     runtime: str
@@ -149,8 +151,10 @@ class Engine:
         batch_size: int = 16,
         workers: int | None = None,
         compile: bool = False,
+        img_size: int | None = None,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("threads", threads), ("workers", workers)):
+        counts = {"batch_size": batch_size, "threads": threads, "workers": workers, "img_size": img_size}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} is not 1 or more")
         for name, given, known in (
@@ -160,7 +164,7 @@ class Engine:
             if given not in known:
                 raise ValueError(f"{name} {given!r} is not one of {', '.join(known)}")
         self.name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
-        self.batch_size, self.threads = batch_size, threads
+        self.batch_size, self.threads, self._img_size = batch_size, threads, img_size
         self._turn = threading.Lock()  # one batch at a time: it takes all threads of the model
         self._readers = ThreadPoolExecutor(workers or min(8, available_processors()))
         self._graphs: dict[Output, Graph] = {}
@@ -178,8 +182,10 @@ class Engine:
             )
         if isinstance(model, (str, Path)):
             self._path = resolve(str(model))
-        else:
+        elif img_size is None:
             self._model = model
+        else:
+            raise ValueError("img_size is for a model that is yet to load; load_model takes it too")
         self._device, self._compile = device, compile
         self._choose(runtime, precision)
 
@@ -193,6 +199,10 @@ class Engine:
         rest = precision if precision in ("fp32", "bf16") else rest
         graph = open_graph(file, rest, self.threads)
         self._about = graph.about
+        if self._img_size is not None:
+            size = self._img_size, self._img_size
+            self._about.check(size)
+            self._about = replace(self._about, image_spec=resized_spec(self._about.image_spec, size))
         if precision == "int8" and graph.about.precision != "int8":
             raise ValueError(f"{file} holds fp32; write it anew: beit export MODEL --precision int8")
         self.precision = "int8" if graph.about.precision == "int8" else rest
@@ -256,7 +266,7 @@ class Engine:
             from beit.checkpoints import load_model
 
             assert self._path is not None
-            self._model = load_model(self._path)
+            self._model = load_model(self._path, img_size=self._img_size)
         return self._model
 
     @property
@@ -456,7 +466,8 @@ class Engine:
     def _model_key(self) -> str:
         """A name for the model and for the versions that its graphs depend on."""
         if not self._key and self._path is not None:
-            self._key = key_of(self._path)
+            key = key_of(self._path)
+            self._key = key if self._img_size is None else f"{key}-{self._img_size}px"
         elif not self._key:
             from beit.export import hash_of
 

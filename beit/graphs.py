@@ -64,9 +64,9 @@ class About:
     made_by: str
     max_size: int | None = None  # pixels of the longest side, where any size of whole patches will do
 
-    def check(self, images: np.ndarray) -> None:
-        """Raise a GraphError for prepared pictures (B, 3, H, W) of a size that the graph cannot take."""
-        size, patch = images.shape[2:], int(self.config["patch_size"])
+    def check(self, size: tuple[int, ...]) -> None:
+        """Raise a GraphError for a size (H, W) of prepared pictures that the graph cannot take."""
+        patch = int(self.config["patch_size"])
         if self.max_size is None:
             fits, allowed = size == self.image_spec.size, "{} x {}".format(*self.image_spec.size)
         else:
@@ -208,7 +208,7 @@ class OpenVinoGraph:
             self._compiled = core.compile_model(model, "CPU", settings)
 
     def __call__(self, *inputs: np.ndarray) -> np.ndarray:
-        self.about.check(inputs[0])
+        self.about.check(inputs[0].shape[2:])
         return np.array(self._compiled(list(inputs), share_inputs=True)[0])
 
 
@@ -235,7 +235,7 @@ class OnnxGraph:
         self._names = [value.name for value in self._session.get_inputs()]
 
     def __call__(self, *inputs: np.ndarray) -> np.ndarray:
-        self.about.check(inputs[0])
+        self.about.check(inputs[0].shape[2:])
         (output,) = self._session.run(None, dict(zip(self._names, inputs, strict=True)))
         return np.asarray(output)
 
@@ -265,7 +265,7 @@ class TorchGraph:
     def __call__(self, *inputs: np.ndarray) -> np.ndarray:
         import torch
 
-        self.about.check(inputs[0])
+        self.about.check(inputs[0].shape[2:])
         with torch.no_grad():
             return self._module(*map(torch.from_numpy, inputs)).numpy()
 

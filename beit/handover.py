@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit.image import ImageSpec, unilm_spec
+from beit.image import resized_spec
 from beit.layouts import TABLE, reason_to_ignore
 from beit.model import Beit, BeitConfig, BeitForImageClassification, resize_positions
 from beit.relative_position import resize_bias_table
@@ -140,7 +140,7 @@ def to_classifier(
     size = old.img_size if img_size is None else img_size
     config = replace(old.for_classification(len(classes)), img_size=size, drop_path_rate=drop_path_rate)
     model = BeitForImageClassification(config)
-    model.image_spec = resized_spec(source, config)
+    model.image_spec = resized_spec(source.image_spec, config.image_height_width)
     model.id2label = dict(enumerate(classes))
     tensors, rows = source.state_dict(), rows_of(source.id2label, classes)
     keep = rows is not None and "head.weight" in tensors
@@ -160,12 +160,3 @@ def rows_of(id2label: Mapping[int, str], classes: Sequence[str]) -> list[int] | 
         return list(id2label)
     often, row = Counter(id2label.values()), {name: number for number, name in id2label.items()}
     return [row[name] for name in classes] if all(often[name] == 1 for name in classes) else None
-
-
-def resized_spec(source: Beit, config: BeitConfig) -> ImageSpec:
-    """The source's image spec at the size of `config`; from 384 pixels on the whole picture is seen."""
-    spec = replace(source.image_spec, size=config.image_height_width)
-    usual = unilm_spec(max(source.image_spec.size)).crop_ratio
-    if spec.resize == "short_side" and spec.crop_ratio == usual:  # nobody chose another
-        spec = replace(spec, crop_ratio=unilm_spec(max(spec.size)).crop_ratio)
-    return spec

@@ -29,7 +29,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, get_args
 
@@ -124,6 +124,14 @@ def transformers_spec(
 ) -> ImageSpec:
     """The rule of the published transformers checkpoints: squashed to a square, bilinear, all shown."""
     return ImageSpec((img_size, img_size), "squash", "bilinear", 1.0, mean, std)
+
+
+def resized_spec(spec: ImageSpec, size: tuple[int, int]) -> ImageSpec:
+    """The same at another size in pixels; from 384 on the whole short side is seen, as is usual."""
+    usual = _crop(max(spec.size), 0.875)
+    if spec.resize == "short_side" and spec.crop_ratio == usual:  # nobody chose another
+        return replace(spec, size=size, crop_ratio=_crop(max(size), 0.875))
+    return replace(spec, size=size)
 
 
 def _crop(img_size: int, ratio: float) -> float:

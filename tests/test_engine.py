@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit.checkpoints import CheckpointError, load, save
+from beit.checkpoints import CheckpointError, load, load_model, save
 from beit.data import open_source
 from beit.engine import Engine, Prediction, TorchModel, agree, known_choice
 from beit.export import export
@@ -613,9 +613,42 @@ def test_a_graph_file_is_a_model_for_what_it_holds_alone(
         Engine(tmp_path / "f.pt2", precision="int8")
 
 
+@pytest.mark.parametrize("runtime", ["torch", "openvino", "onnx"])
+def test_another_size_is_that_of_the_model_resized(
+    runtime: Any, folder: Path, files: list[Path]
+) -> None:
+    pytest.importorskip({"onnx": "onnxruntime"}.get(runtime, runtime))
+    pictures = [files[n] for n in GOOD]
+    engine = Engine(folder, runtime, "fp32", img_size=48)
+    assert engine.image_spec.size == (48, 48)
+    resized = exact(load_model(folder, img_size=48)).classify(pictures, top=6)
+    found = scores(list(engine.classify(pictures, top=6)))
+    np.testing.assert_allclose(found, scores(list(resized)), atol=1e-5)
+    usual = scores(list(Engine(folder, runtime, "fp32").classify(pictures, top=6)))  # a graph of its own
+    assert np.abs(found - usual).max() > 1e-3
+
+
+def test_a_graph_file_of_any_size_takes_another(
+    model: BeitForImageClassification, folder: Path, files: list[Path], tmp_path: Path
+) -> None:
+    export(model, tmp_path / "any.pt2", "torch", max_size=64)
+    export(model, tmp_path / "one.pt2", "torch")
+    pictures = [files[n] for n in GOOD]
+    ours = Engine(tmp_path / "any.pt2", img_size=48).classify(pictures, top=6)
+    theirs = Engine(folder, "torch", "fp32", img_size=48).classify(pictures, top=6)
+    np.testing.assert_allclose(scores(list(ours)), scores(list(theirs)), atol=1e-5)
+    with pytest.raises(GraphError, match="from 16 to 64 a side, not 72 x 72"):
+        Engine(tmp_path / "any.pt2", img_size=72)
+    with pytest.raises(GraphError, match="takes pictures of 32 x 32, not 48 x 48"):
+        Engine(tmp_path / "one.pt2", img_size=48)
+    with pytest.raises(ValueError, match="yet to load; load_model takes it too"):
+        Engine(model, img_size=48)
+
+
 @pytest.mark.parametrize(
     ("wrong", "cause"),
     [
+        ({"img_size": 44}, "44"),
         ({"precision": "int8"}, "beit export MODEL --to openvino --precision int8"),
         ({"runtime": "onnx", "precision": "bf16"}, "no bf16"),
         ({"runtime": "tensorrt"}, "'tensorrt' is not one of auto, torch, openvino, onnx"),

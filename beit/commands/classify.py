@@ -49,6 +49,8 @@ class Classify:
     """Print one JSON object a picture."""
     max_bad_images: float = 1.0
     """Share of the pictures that may be unreadable; more, or all of them, end with exit code 4."""
+    img_size: PositiveInt | None = None
+    """Pixels a side that the model sees, if not its own: its tables of positions are resized."""
     batch_size: PositiveInt = 16
     runtime: Runtime = "auto"
     """What computes; auto is the fastest here that agrees with torch, measured once a model."""
@@ -85,6 +87,7 @@ def classify(settings: Classify) -> None:
         settings.threads,
         device=settings.device,
         batch_size=settings.batch_size,
+        img_size=settings.img_size,
     )
     if settings.verbose:
         print(f"{engine.runtime} {engine.precision}: {engine.why}", file=sys.stderr)
@@ -150,8 +153,9 @@ def kept_answers(
 ) -> Iterator[Prediction]:
     """The answers of a run that was stopped, then those of the other pictures, which are kept too."""
     about = {
-        "model_sha256": model_sha256(resolve(settings.model)), "top": settings.top,
-        "batch_size": settings.batch_size, "runtime": engine.runtime, "precision": engine.precision,
+        "model_sha256": model_sha256(resolve(settings.model)), "img_size": settings.img_size,
+        "top": settings.top, "batch_size": settings.batch_size,
+        "runtime": engine.runtime, "precision": engine.precision,
     }  # fmt: skip
     kept = rows_kept(out, about)
     if kept:

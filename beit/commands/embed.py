@@ -86,6 +86,8 @@ class Embed:
     """Embed the shards with unreadable pictures anew."""
     verify: bool = False
     """Compare the checksums of the shards that are there, too, not their sizes alone."""
+    img_size: PositiveInt | None = None
+    """Pixels a side that the model sees, if not its own: its tables of positions are resized."""
     batch_size: PositiveInt = 16
     runtime: Runtime = "auto"
     """What computes; auto is the fastest here that agrees with torch, and stays for the whole folder."""
@@ -192,6 +194,7 @@ def wanted_of(settings: Embed, sources: list[ImageSource]) -> dict[str, Any]:
         "pictures_sha256": digest.hexdigest(),
         "model": settings.model,
         "model_sha256": model_sha256(resolve(settings.model)),
+        "img_size": settings.img_size,
         "batch_size": settings.batch_size,
         "pooling": settings.pooling,
         "layer": settings.layer,
@@ -305,6 +308,7 @@ def open_engine(settings: Embed, held: Manifest | None) -> Engine:
         settings.threads,
         device=device,
         batch_size=settings.batch_size,
+        img_size=settings.img_size,
     )
 
 

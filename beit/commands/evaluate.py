@@ -66,6 +66,8 @@ class Evaluate:
     """Model folder or file, hub:owner/name, or a name that `beit models` lists."""
     split: str = "val"
     """Folder of DATA to score, where it has train/ and others; of a .csv its rows of that part."""
+    img_size: PositiveInt | None = None
+    """Pixels a side that the model sees, if not its own: its tables of positions are resized."""
     preset: Literal["unilm", "timm", "transformers"] | None = None
     """Prepare pictures by the rule of another code instead of the model's own."""
     real_labels: Path | None = None
@@ -95,6 +97,7 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
         settings.precision,
         device=settings.device,
         batch_size=settings.batch_size,
+        img_size=settings.img_size,
     )
     if settings.preset is not None:
         engine.model.image_spec = preset_spec(engine.model, settings.preset)
@@ -309,7 +312,7 @@ def same_of(answers: Answers, looked: Looked) -> list[tuple[str, list[str]]]:
 
 def preset_spec(model: Beit, preset: str) -> ImageSpec:
     """How another code prepares pictures for a model of this size; mean and std stay the model's."""
-    size, (mean, std) = model.config.image_height_width[0], (model.image_spec.mean, model.image_spec.std)
+    size, (mean, std) = model.image_spec.size[0], (model.image_spec.mean, model.image_spec.std)
     if preset == "unilm":
         return unilm_spec(size, mean, std)
     if preset == "timm":  # its large v2 models have a ratio of their own; v1's large have other means

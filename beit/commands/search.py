@@ -149,6 +149,7 @@ def embed(pictures: list[Picture], held: Manifest, settings: Search) -> list[Emb
         settings.threads,
         device=settings.device,
         batch_size=held.batch_size,
+        img_size=held.img_size,
     )
     return list(engine.embed(pictures, held.pooling, held.layer))  # type: ignore[arg-type]
 

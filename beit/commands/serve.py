@@ -55,6 +55,8 @@ class Serve:
     """Address to listen on. One that other machines reach needs a key of yours in $BEIT_API_KEY."""
     port: int = 8000
     """0 takes a free one and tells it."""
+    img_size: PositiveInt | None = None
+    """Pixels a side that the model sees, if not its own: its tables of positions are resized."""
     max_waiting: PositiveInt = 64
     """Requests at work or waiting; more are answered at once with 429, come again."""
     max_megabytes: PositiveInt = 20
@@ -87,7 +89,7 @@ def serve(settings: Serve) -> None:
     with _listen(settings.host, settings.port) as listening:
         engine = Engine(
             settings.model, settings.runtime, settings.precision, settings.threads,
-            device=settings.device, batch_size=1,
+            device=settings.device, batch_size=1, img_size=settings.img_size,
         )  # fmt: skip
         blank = np.zeros((*engine.image_spec.size, 3), np.uint8)
         with suppress(GraphError):  # a file of other features; else the first answer, which is slow

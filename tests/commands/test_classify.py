@@ -422,6 +422,7 @@ def test_a_killed_run_goes_on_past_a_torn_line(
     [
         ({"top": 2}, "top was 5, now 2"),
         ({"batch_size": 3}, "batch_size was 2, now 3"),
+        ({"img_size": 48}, "img_size was None, now 48"),
         ({"model": "other"}, "model_sha256 was"),
         ({"pictures": ["5.png", "1.png"]}, "holds answers for other pictures, "),
     ],

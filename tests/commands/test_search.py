@@ -49,13 +49,16 @@ def vectors(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory)
     return out
 
 
-def brute_force(vectors: Path, query: Path, model: Path, **options: Any) -> list[tuple[str, float]]:
+def brute_force(
+    vectors: Path, query: Path, model: Path, img_size: int | None = None, **options: Any
+) -> list[tuple[str, float]]:
     """Every picture of the folder, the nearest first."""
     folder = Embeddings(vectors)
     shards = range(folder.manifest.shards)
     rows = np.concatenate([folder.vectors(shard) for shard in shards]).astype(np.float64)
     paths = [path for shard in shards for _, path in folder.ids(shard)]
-    (answer,) = Engine(model, "torch", folder.manifest.precision).embed(query, **options)  # type: ignore[arg-type]
+    engine = Engine(model, "torch", folder.manifest.precision, img_size=img_size)  # type: ignore[arg-type]
+    (answer,) = engine.embed(query, **options)
     assert answer.vector is not None
     cosines = unit(rows) @ unit(answer.vector.astype(np.float64))
     return [(paths[i], float(cosines[i])) for i in np.argsort(-cosines, kind="stable")]
@@ -93,11 +96,13 @@ def test_queries_are_embedded_as_the_folder_was(
     cli: Cli, model: Path, photos: Path, tmp_path: Path
 ) -> None:
     options = {"pooling": "cls", "layer": 1, "precision": "fp32", "dtype": "fp32", "normalise": True}
-    assert cli("embed", photos, model=model, out=tmp_path / "v", **options)[0] == 0
+    assert cli("embed", photos, model=model, out=tmp_path / "v", img_size=48, **options)[0] == 0
+    code, _, err = cli("embed", photos, model=model, out=tmp_path / "v", **options)
+    assert (code, "img_size was 48, now None" in err) == (2, True)
     query = photos / "square" / "03.png"
     _, out, _ = cli("search", tmp_path / "v", query, top=31, json=True)
     found = [(near["path"], near["cosine"]) for near in json.loads(out)["neighbours"]]
-    expected = brute_force(tmp_path / "v", query, model, pooling="cls", layer=1)
+    expected = brute_force(tmp_path / "v", query, model, img_size=48, pooling="cls", layer=1)
     np.testing.assert_allclose([c for _, c in found], [c for _, c in expected], atol=1e-5)
     assert found[0][0] == expected[0][0] == str(query)
 
