@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import errno
+import glob
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +48,7 @@ def write_together(folder: Path, contents: dict[str, bytes]) -> None:
 
     What fails before, a full disk above all, leaves every old file as it was and nothing beside them.
     """
-    beside = {name: folder / f".{name}.{os.getpid()}" for name in contents}
+    beside = {name: place_beside(folder / name) for name in contents}
     try:
         for name, content in contents.items():
             beside[name].write_bytes(content)
@@ -64,7 +66,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
     Raises CannotWrite where the disk is full or may not be written.
     """
-    beside = file.parent / f".{file.name}.{os.getpid()}"
+    beside = place_beside(file)
     try:
         yield beside
         flush(beside)
@@ -76,6 +78,28 @@ def replacing(file: Path) -> Iterator[Path]:
         raise CannotWrite(f"cannot write {file}: {reason}; make room or choose another place") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def place_beside(file: Path) -> Path:
+    """Where this process writes what becomes a file; what killed ones left there is removed."""
+    prefix = f".{file.name}.{socket.gethostname()}-"
+    for left in file.parent.glob(f"{glob.escape(prefix)}*"):
+        if not is_alive(left.name.removeprefix(prefix)):
+            left.unlink(missing_ok=True)
+    return file.with_name(f"{prefix}{os.getpid()}")
+
+
+def is_alive(pid: str) -> bool:
+    """Whether a process of this machine runs; True where that cannot be known."""
+    if not pid.isdecimal() or os.name != "posix":
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def flush(path: Path) -> None:

@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from beit.atomic import CannotWrite, flush, write_atomically
+from beit.atomic import CannotWrite, flush, is_alive, write_atomically
 from beit.listing import UNSETTLED_S, cache_folder
 
 MANIFEST = "embeddings.json"
@@ -396,20 +396,8 @@ def sweep(folder: Path) -> None:
         pid, _, rest = left.name.removeprefix(WRITING).partition("-")
         with suppress(OSError):
             forgotten = time.time() - left.stat().st_mtime > FORGOTTEN_S
-            if forgotten or (rest.rpartition("-")[0] == ours and not _is_alive(pid)):
+            if forgotten or (rest.rpartition("-")[0] == ours and not is_alive(pid)):
                 shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_alive(pid: str) -> bool:
-    if not pid.isdecimal() or os.name != "posix":
-        return True  # not known: wait until it is forgotten
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 # --- Hashes --------------------------------------------------------------------------------------

@@ -406,12 +406,14 @@ def test_a_killed_run_goes_on_past_a_torn_line(
             time.sleep(0.05)
         process.kill()
     assert not out.exists()
+    assert len(list(tmp_path.glob(".out.jsonl.*"))) == 2  # what was kept, and what was being written
     with kept.open("a") as file:
         file.write('{"path": "tor')
     (tmp_path / "list.txt").write_text("".join(f"{photos / name}\n" for name in ORDER))
     code, _, said = cli("classify", tmp_path / "list.txt", model=finetuned.folder, out=out, batch_size=1)
     assert code == 3
     assert "going on after" in said
+    assert not list(tmp_path.glob(".*"))
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["path"] for line in lines] == [str(photos / name) for name in ORDER]
     assert [line["label"] for line in lines] == [answer.label for answer in expected(finetuned, photos)]
