@@ -32,7 +32,7 @@ from beit.precision import Precision
 from beit.probe import fit_best_probe, fit_probe, knn_scores, stratified_fifth
 from beit.report import Page
 from beit.run import read_metrics
-from beit.split import check_one_label, take
+from beit.split import check_one_label, divide, take
 from beit.visualize import data_tag, jpeg_bytes, line_chart
 
 MOST_FOR_RANK = 256  # pictures
@@ -191,11 +191,11 @@ def share_of_each(labels: np.ndarray, most: int, seed: int) -> np.ndarray:
     return np.sort(by_class[spread(len(labels), most)])
 
 
-def probe_pictures(place: Path, seed: int) -> tuple[ImageSource, ImageSource]:
+def probe_pictures(place: Path, seed: int, workers: int) -> tuple[ImageSource, ImageSource]:
     """Labelled pictures to fit probes to, and others to score them on; says how many.
 
-    Those of train and val, or a fifth of each class held out where there is no val. Of large sets 10,000
-    and 5,000: all processes wait for a look.
+    Those of train and val, or a fifth of each class held out where there is no val, copies of a picture
+    on one side. Of large sets 10,000 and 5,000: all processes wait for a look.
     """
     known = open_source(place, "train", labelled=True)
     check_one_label(known, place)
@@ -203,13 +203,17 @@ def probe_pictures(place: Path, seed: int) -> tuple[ImageSource, ImageSource]:
     if has_split(place, "val"):
         asked = open_source(place, "val", labelled=True).with_classes(known.classes)
     else:
-        fifth = stratified_fifth(known.labels, seed).numpy()
-        asked, known = take(known, np.flatnonzero(fifth)), take(known, np.flatnonzero(~fifth))
+        if len(known) > MOST_KNOWN + MOST_ASKED:  # each is decoded
+            known = take(known, share_of_each(known.labels, MOST_KNOWN + MOST_ASKED, seed))
+        some = known
+        train, val = distributed.on_main(lambda: divide(some, None, 0.2, seed, workers)[:2])
+        known, asked = take(some, train), take(some, val)
         how = ", a fifth held out, as there is no val"
-    if len(known) < 2 or len(np.unique(known.labels)) < 2:
+    if len(np.unique(known.labels)) < 2 or not len(asked):
         raise ValueError(
             f"--probe-data {place} has {len(known)} labelled pictures to learn from, of "
-            f"{len(np.unique(known.labels))} classes; a probe tells two classes or more apart"
+            f"{len(np.unique(known.labels))} classes, and {len(asked)} to ask of; a probe tells two classes "
+            "or more apart"
         )
     told = [f"{len(known):,}", f"{len(asked):,}"]
     if len(known) > MOST_KNOWN:

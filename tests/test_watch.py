@@ -86,7 +86,7 @@ def names(source: Any) -> set[str]:
 
 
 def test_train_and_val_are_taken_as_they_are(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    known, asked = probe_pictures(shapes, seed=0)
+    known, asked = probe_pictures(shapes, seed=0, workers=0)
     assert names(known) == {str(file) for file in (shapes / "train").rglob("*.png")}
     assert names(asked) == {str(file) for file in (shapes / "val").rglob("*.png")}
     assert capsys.readouterr().err == f"probes: fitted to 36 pictures of {shapes}, scored on 15 others\n"
@@ -95,13 +95,25 @@ def test_train_and_val_are_taken_as_they_are(shapes: Path, capsys: pytest.Captur
 def test_a_fifth_of_each_class_is_held_out_where_there_is_no_val(
     shapes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known, asked = probe_pictures(shapes / "train", seed=0)
+    known, asked = probe_pictures(shapes / "train", seed=0, workers=0)
     assert names(known) | names(asked) == {str(file) for file in (shapes / "train").rglob("*.png")}
     assert not names(known) & names(asked)
     assert np.bincount(asked.labels).tolist() == [2, 2, 2]  # of 12
     assert "a fifth held out, as there is no val" in capsys.readouterr().err
-    assert names(probe_pictures(shapes / "train", seed=0)[1]) == names(asked)
-    assert names(probe_pictures(shapes / "train", seed=1)[1]) != names(asked)
+    assert names(probe_pictures(shapes / "train", seed=0, workers=0)[1]) == names(asked)
+    assert names(probe_pictures(shapes / "train", seed=1, workers=0)[1]) != names(asked)
+
+
+def test_copies_of_a_picture_are_on_one_side(shapes: Path, tmp_path: Path) -> None:
+    for file in sorted((shapes / "train").rglob("*.png")):
+        for number in range(3):
+            place = tmp_path / file.parent.name / f"{file.stem}-{number}.png"
+            place.parent.mkdir(exist_ok=True)
+            place.symlink_to(file)
+    sides = probe_pictures(tmp_path, seed=0, workers=0)
+    shown = [{Path(name).resolve() for name in names(side)} for side in sides]
+    assert [len(names(side)) for side in sides] == [90, 18]
+    assert not shown[0] & shown[1]
 
 
 def test_a_train_folder_alone_and_a_list_do_as_well(shapes: Path, tmp_path: Path) -> None:
@@ -110,7 +122,7 @@ def test_a_train_folder_alone_and_a_list_do_as_well(shapes: Path, tmp_path: Path
     rows = [f"{file},{file.parent.name}" for file in sorted((shapes / "val").rglob("*.png"))]
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]) + "\n")
     for place, known, asked in ((tmp_path / "set", 30, 6), (tmp_path / "list.csv", 12, 3)):
-        assert [len(source) for source in probe_pictures(place, seed=0)] == [known, asked]
+        assert [len(source) for source in probe_pictures(place, seed=0, workers=0)] == [known, asked]
 
 
 def test_large_sets_are_probed_in_part_each_class_with_its_share(
@@ -118,7 +130,7 @@ def test_large_sets_are_probed_in_part_each_class_with_its_share(
 ) -> None:
     monkeypatch.setattr(beit.watch, "MOST_KNOWN", 9)
     monkeypatch.setattr(beit.watch, "MOST_ASKED", 6)
-    known, asked = probe_pictures(shapes, seed=0)
+    known, asked = probe_pictures(shapes, seed=0, workers=0)
     assert np.bincount(known.labels).tolist() == [3, 3, 3]
     assert np.bincount(asked.labels).tolist() == [2, 2, 2]
     assert "fitted to 9 of 36 pictures" in capsys.readouterr().err
@@ -141,14 +153,14 @@ def test_shares_differ_by_less_than_a_picture(most: int) -> None:
 def test_what_tells_no_classes_apart_is_refused(shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "disc").mkdir()
     (tmp_path / "disc" / "0.png").symlink_to(shapes / "val" / "disc" / "00.png")
-    with pytest.raises(ValueError, match="has 0 labelled pictures to learn from, of 0 classes"):
-        probe_pictures(tmp_path, seed=0)
+    with pytest.raises(ValueError, match="has 1 labelled pictures to learn from, of 1 classes, and 0 to ask of"):
+        probe_pictures(tmp_path, seed=0, workers=0)
     (tmp_path / "all" / "disc").mkdir(parents=True)
     for number in range(4):
         place = tmp_path / "all" / "disc" / f"{number}.png"
         place.symlink_to(shapes / "val" / "disc" / f"{number:02d}.png")
     with pytest.raises(ValueError, match="a probe tells two classes or more apart"):
-        probe_pictures(tmp_path / "all", seed=0)
+        probe_pictures(tmp_path / "all", seed=0, workers=0)
 
 
 def test_a_set_of_four_pictures_is_probed(shapes: Path, tmp_path: Path, model: Beit) -> None:
@@ -157,7 +169,7 @@ def test_a_set_of_four_pictures_is_probed(shapes: Path, tmp_path: Path, model: B
         for number in range(2):
             place = tmp_path / "set" / shape / f"{number}.png"
             place.symlink_to(shapes / "val" / shape / f"{number:02d}.png")
-    known, asked = probe_pictures(tmp_path / "set", seed=0)
+    known, asked = probe_pictures(tmp_path / "set", seed=0, workers=0)
     looks = watch(tmp_path / "run", shapes, train=known, test=asked)
     looks.look(model, 0)
     assert looks.looks[0].keys() > {"linear_1", "knn_2", "effective_rank_2"}
@@ -175,7 +187,7 @@ def test_the_rank_is_that_of_pictures_spread_over_the_classes(
         return 1.0
 
     monkeypatch.setattr(beit.watch, "effective_rank", noted)
-    known, asked = probe_pictures(shapes, seed=0)
+    known, asked = probe_pictures(shapes, seed=0, workers=0)
     watch(tmp_path / "run", shapes, train=known, test=asked).look(model, 0)
     all_features = beit.watch.features_of(model, asked, [1], "fp32", 1).layers[1].numpy()
     np.testing.assert_array_equal(ranked[0], all_features[[0, 7, 14]])

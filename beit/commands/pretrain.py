@@ -415,7 +415,7 @@ def probed(settings: Pretrain, depth: int) -> tuple[tuple[int, ...], tuple[Image
         raise ValueError(f"--probe-layers {' '.join(map(str, layers))}: a layer is from 1 to {depth}")
     if settings.probe_data is None:
         return layers, ()
-    return layers, probe_pictures(settings.probe_data, settings.seed)
+    return layers, probe_pictures(settings.probe_data, settings.seed, settings.workers)
 
 
 def look_steps(look_epochs: int, steps_per_epoch: int, total: int) -> tuple[int, int]:
