@@ -212,8 +212,8 @@ def probe_pictures(place: Path, seed: int, workers: int) -> tuple[ImageSource, I
     if len(np.unique(known.labels)) < 2 or not len(asked):
         raise ValueError(
             f"--probe-data {place} has {len(known)} labelled pictures to learn from, of "
-            f"{len(np.unique(known.labels))} classes, and {len(asked)} to ask of; a probe tells two classes "
-            "or more apart"
+            f"{len(np.unique(known.labels))} classes, and {len(asked)} to ask of; "
+            "a probe tells two classes or more apart"
         )
     told = [f"{len(known):,}", f"{len(asked):,}"]
     if len(known) > MOST_KNOWN:

@@ -153,7 +153,7 @@ def test_shares_differ_by_less_than_a_picture(most: int) -> None:
 def test_what_tells_no_classes_apart_is_refused(shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "disc").mkdir()
     (tmp_path / "disc" / "0.png").symlink_to(shapes / "val" / "disc" / "00.png")
-    with pytest.raises(ValueError, match="has 1 labelled pictures to learn from, of 1 classes, and 0 to ask of"):
+    with pytest.raises(ValueError, match="learn from, of 1 classes, and 0 to ask of"):
         probe_pictures(tmp_path, seed=0, workers=0)
     (tmp_path / "all" / "disc").mkdir(parents=True)
     for number in range(4):
