@@ -77,21 +77,35 @@ def look_at(source: ImageSource, index: int) -> tuple[bytes, np.ndarray, tuple[i
         return name.encode(errors="replace"), blank, (0, 0), Bad(index, name, error.code, error.reason)
 
 
-def file_hashes(source: ImageSource, workers: int) -> list[bytes]:
-    """What each file is known by: its bytes; the name of one that cannot be read. Nothing is decoded."""
-    chunks = range(-(-len(source) // CHUNK))
+def file_hashes(sources: Sequence[ImageSource], workers: int) -> list[bytes]:
+    """What each file is known by, the same for equal ones; the name of one that cannot be read.
 
-    def some(chunk: int) -> list[bytes]:
-        return [hash_of(i) for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(source)))]
+    Nothing is decoded, and only files that are alike at a glimpse are read whole.
+    """
+    ends = np.cumsum([len(source) for source in sources])
 
-    def hash_of(index: int) -> bytes:
+    def hash_of(number: int, whole: bool) -> bytes:
+        side = int(np.searchsorted(ends, number, side="right"))
+        source, index = sources[side], number - int(ends[side - 1] if side else 0)
         now_doing(source.name(index))
         try:
-            return hashlib.blake2b(source.paths.content(index), digest_size=16).digest()
+            content = source.paths.content(index) if whole else source.paths.glimpse(index)
         except BadImage:
             return source.name(index).encode(errors="replace")
+        return hashlib.blake2b(content, digest_size=16).digest()
 
-    return [one for part in load_in_processes(some, chunks, workers) for one in part]
+    def hashes(numbers: Sequence[int], whole: bool) -> list[bytes]:
+        def some(chunk: int) -> list[bytes]:
+            return [hash_of(number, whole) for number in numbers[chunk * CHUNK : (chunk + 1) * CHUNK]]
+
+        chunks = range(-(-len(numbers) // CHUNK))
+        return [one for part in load_in_processes(some, chunks, workers) for one in part]
+
+    found = hashes(range(int(ends[-1])), whole=False)
+    alike = [number for group in duplicates(found) for number in group]
+    for number, digest in zip(alike, hashes(alike, whole=True), strict=True):
+        found[number] = digest
+    return found
 
 
 def unreadable_of(source: ImageSource, workers: int) -> list[Bad]:
@@ -156,8 +170,7 @@ def divide(
         exact = looked.exact()
         groups = joined(len(everything), [*exact, *looked.near()])
     else:
-        hashes = [h for one in (source, val) if one is not None for h in file_hashes(one, workers)]
-        exact = duplicates(hashes)
+        exact = duplicates(file_hashes([source] if val is None else [source, val], workers))
         groups = joined(len(everything), exact)
     _, number, counts = np.unique(groups, return_inverse=True, return_counts=True)
     order = np.argsort(number, kind="stable")

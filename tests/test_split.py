@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,9 @@ from PIL import Image
 
 import beit.split
 from beit.data import open_source
-from beit.split import data_hash, divide, hold_out, look, real_place, take, write_split
+from beit.duplicates import duplicates
+from beit.listing import Places
+from beit.split import data_hash, divide, file_hashes, hold_out, look, real_place, take, write_split
 
 
 @settings(max_examples=60, deadline=None)
@@ -176,6 +180,45 @@ def test_the_split_has_all_labels_of_a_picture(tmp_path: Path, shapes: Path) -> 
     write_split(tmp_path / "split.csv", {"train": (some, truth)})
     lines = (tmp_path / "split.csv").read_text().splitlines()
     assert [line.split(",")[1] for line in lines[1:]] == ["disc;triangle", "square"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
+def test_equal_files_are_found_and_only_those_alike_at_a_glimpse_are_read_whole(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    one, other, third = (rng.bytes(20_000) for _ in range(3))
+    begins_otherwise = b"x" + one[1:]
+    contents = [one, other, begins_otherwise, third[:30], one, b"", b"", third]
+    names = [f"{i}.jpg" for i in range(len(contents))]
+    if kind == "folder":
+        for name, content in zip(names, contents, strict=True):
+            (tmp_path / name).write_bytes(content)
+    elif kind == "tar":
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for name, content in zip(names, contents, strict=True):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        table = pytest.importorskip("pyarrow").table({"image": contents})
+        parquet.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    source = open_source(tmp_path)
+    read: list[int] = []
+    content_of = Places.content
+
+    def content(self: Places, index: int) -> bytes:
+        read.append(index)
+        return content_of(self, index)
+
+    monkeypatch.setattr(Places, "content", content)
+    assert duplicates(file_hashes([source], 0)) == [[0, 4], [5, 6]]
+    assert duplicates(file_hashes([source, source], 0))[0] == [0, 4, 8, 12]
+    if kind != "parquet":
+        read.clear()
+        file_hashes([source], 0)
+        assert read == [0, 2, 4, 5, 6]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
