@@ -221,14 +221,17 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
-def unsharded(model: M, plain: M) -> M:
+def unsharded(model: M, build: Callable[[], M]) -> M:
     """A model on one device with the weights of a sharded one; `model` itself if it is not sharded.
 
-    plain: built from the same config; takes the weights in the main process. All must call this.
+    build: makes one of the same config, which takes the weights in the main process; torch's generator
+    is left as it was. All must call this.
     """
     if not any(map(is_sharded, model.parameters())):
         return model
     weights = gathered(model.state_dict())
+    with torch.random.fork_rng(devices=[]):
+        plain = build()
     if is_main():
         plain.load_state_dict(weights)
     return plain

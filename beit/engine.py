@@ -122,7 +122,8 @@ class Engine:
     """A model, ready to answer, from any number of threads.
 
     model: a folder, file or name, a loaded model, or a graph file that `beit export` wrote. What the
-        engine loads itself it makes ready for the processor, which is faster; your model stays as it is.
+        engine loads itself it makes ready for the processor, which is faster. Of a loaded model only mode
+        (evaluation), dtype (float32) and device change; what you change in it later is seen.
     runtime: "torch", "openvino", "onnx", or "auto": the fastest that is installed and agrees, measured
         once for a model on a machine; `why` says what was found.
     precision: "fp32", "bf16", or "auto", bf16 where the processor multiplies it in hardware. With torch
@@ -501,17 +502,19 @@ class Engine:
 
     def _measure(self, precision: Precision, others: list[str]) -> dict[str, Any]:
         """Time each runtime that agrees with torch in fp32 on three pictures; keep the answer."""
+        import torch
+
         from beit.export import OutputOf
         from beit.flops import forward_flops
 
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         model = self._loaded().float().eval()
         best = "bf16" if multiplies_bf16() else "fp32"
         wanted = best if precision == "auto" else str(precision)
         torch_choice = {"runtime": "torch", "precision": wanted}
         if forward_flops(model.config) < SMALL_FLOPS:
             return {**torch_choice, "why": "the model is too small for another runtime to gain by it"}
-        import torch
-
         output = self._main_output()
         size = model.config.image_height_width
         noise = np.random.default_rng(0).standard_normal((3, model.config.in_chans, *size), np.float32)

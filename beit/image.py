@@ -66,8 +66,11 @@ class BadImage(ValueError):
     """A picture that cannot be used: `code` for machines, `path` and `reason` for people."""
 
     def __init__(self, code: str, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        super().__init__(code, path, reason)  # all of them, so that it travels between processes
         self.code, self.path, self.reason = code, path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,12 @@ class Labelled(NamedTuple):
             said.append(f"class {rare} has {pictures}; is it a misspelt {meant}?")
         leaks = self.divided.across(self.divided.near)
         if leaks:
-            _, (one, other, *_) = self.twins()[0]
+            val = set(self.divided.val.tolist())
+            copies_in_val = sum(number in val for group in leaks for number in group)
+            one, other = (next(n for n in leaks[0] if (n in val) == side) for side in (False, True))
             said.append(
-                f"{len(leaks)} pictures are in both parts, which makes numbers too good: {other} is {one}"
+                f"{copies_in_val} validation pictures are among the training pictures too, which makes "
+                f"numbers too good: {self._name(other)} is {self._name(one)}"
             )
         return said
 
@@ -90,6 +93,14 @@ class Labelled(NamedTuple):
                 close = difflib.get_close_matches(name, larger, n=1, cutoff=0.75)
                 found += [(name, count, close[0])] if close else []
         return found
+
+    def _name(self, number: int) -> str:
+        """The name of a picture by its number in `divided`."""
+        for source in self.everything:
+            if number < len(source):
+                return source.name(number)
+            number -= len(source)
+        raise IndexError(number)
 
     def twins(self) -> list[tuple[str, list[str]]]:
         """Groups of pictures that are the same: what is to know of each, and their names.

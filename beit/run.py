@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+WAIT_FOR_FOLDER_S = 60.0  # until another process leaves it
 SAVE_AFTER_S = 900.0  # a kill or a power cut costs no more, however long a step takes
 
 # Settings that change how a run is carried out, not what it computes: they may differ on resume.
@@ -136,6 +138,33 @@ class Training:
         return not distributed.highest(torch.tensor(float(not self.is_finite_here()))).item()
 
 
+class _Lock:
+    """A folder held by this process, however that ends, so that no other trains in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.handle = os.open(folder, os.O_RDONLY)
+        import fcntl  # Unix's alone
+
+        until = time.monotonic() + WAIT_FOR_FOLDER_S
+        while True:
+            try:
+                return fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise RunError(
+                        f"another process is at work in {folder}; wait for its end, or choose another --out"
+                    ) from None
+                time.sleep(0.5)  # it may be about to end: a job that was requeued meets the one before
+            except OSError:
+                return None  # a file system without locks
+
+    def __del__(self) -> None:
+        os.close(self.handle)
+
+
+_held: WeakValueDictionary[str, _Lock] = WeakValueDictionary()  # one a folder, for all Runs on it
+
+
 class Run:
     """One run in one folder.
 
@@ -156,12 +185,13 @@ class Run:
         described = describe_settings(settings)
         file = self.out / "run.toml"
         try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._hold()
             if overwrite and file.exists():
                 for path in self.out.iterdir():  # the settings last, so that half of it is still a run
                     if path != file:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                 file.unlink()
-            self.out.mkdir(parents=True, exist_ok=True)
             # A process killed while it wrote its settings leaves a part of them beside.
             if any(not path.name.startswith(".run.toml.") for path in self.out.iterdir()):
                 paths = {key for key, value in vars(settings).items() if isinstance(value, Path)}
@@ -173,6 +203,11 @@ class Run:
             raise CannotWrite(
                 f"cannot write the run folder {self.out}: {error.strerror or error}; choose another --out"
             ) from error
+
+    def _hold(self) -> None:
+        if os.name == "posix":
+            place = os.path.realpath(self.out)
+            self._lock = _held[place] = _held.get(place) or _Lock(self.out)
 
     def _check_same(self, described: dict[str, Any], paths: set[str]) -> None:
         file = self.out / "run.toml"
@@ -380,7 +415,8 @@ class Run:
         save_every: steps between checkpoints; a quarter of an hour after the last there is one as well.
         keep_last, keep_every: the newest checkpoints that stay, and those of every so many steps.
         max_skipped: updates in a row that `optim.update` may leave out. Then, or where a checkpoint
-        would not be finite, the run goes back to the last one; the second time it raises NotFinite.
+        would not be finite, the run goes back to the last one; the second time it passes over the batches
+        it met there, the third time it raises NotFinite.
         batch_size, flops_per_image, peak_flops: pictures a step and FLOPs a picture over all processes,
         FLOP/s of one: for the numbers that `log` adds. tensorboard: log there too.
 
@@ -801,14 +837,15 @@ class Progress:
 
     def update(self, done: int, text: str = "") -> None:
         """`done` of the total are finished; `text` is the latest numbers."""
-        self.first = done if self.first is None else self.first
+        if self.first is None:  # what came before, such as compiling, says nothing of the pace
+            self.first, self.started = done, time.monotonic()
         if self.bar is not None:
             self.bar.update(self.task, completed=done, text=text)
         elif not self.quiet and time.monotonic() - self.last_line > 30:
             self.last_line = time.monotonic()
             pace = (self.last_line - self.started) / max(done - self.first, 1)
-            left = pace * (self.total - done)
-            print(f"{self.label} {done}/{self.total}, {left:.0f} s left, {text}", file=sys.stderr)
+            left = f"{pace * (self.total - done):.0f} s left, " if done > self.first else ""
+            print(f"{self.label} {done}/{self.total}, {left}{text}", file=sys.stderr)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -58,7 +58,12 @@ def look(source: ImageSource, workers: int) -> Looked:
     def some(chunk: int) -> list[tuple[bytes, np.ndarray, tuple[int, int], Bad | None]]:
         return [look_at(source, i) for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(source)))]
 
-    seen = [one for part in load_in_processes(some, chunks, workers) for one in part]
+    # A worker's array holds its shared memory, and a file descriptor: thumbnails are copied out of it.
+    seen = [
+        (digest, small.copy(), size, wrong)
+        for part in load_in_processes(some, chunks, workers)
+        for digest, small, size, wrong in part
+    ]
     hashes, thumbnails, sizes, bad = zip(*seen, strict=True)
     return Looked(list(hashes), np.stack(thumbnails), np.array(sizes), [b for b in bad if b])
 

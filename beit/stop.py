@@ -30,8 +30,11 @@ class Stopped(Exception):
     """A loop was asked to stop, and has saved. `exit_code` is 130 (Ctrl-C) or 143."""
 
     def __init__(self, exit_code: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+        super().__init__(exit_code, message)  # both, so that it travels between processes
+        self.exit_code, self.message = exit_code, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def exit_code_of(number: int) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from beit import distributed
-from beit.atomic import CannotWrite
+from beit.atomic import CannotWrite, write_atomically
 from beit.data import ImageSource
 from beit.engine import Engine
 from beit.metrics import (
@@ -94,16 +94,16 @@ class Validation:
         line = score(logits_of(self.engine, self.source), self.truth)
         is_best = not self.lines or _rank(line) > _rank(self.lines[self.best])
         self.lines[step] = line
-        distributed.on_main(lambda: self._keep(step, line, weights if is_best else None))
+        distributed.on_main(lambda: self._keep(step, weights if is_best else None))
 
-    def _keep(self, step: int, line: Line, weights: Mapping[str, Tensor] | None) -> None:
+    def _keep(self, step: int, weights: Mapping[str, Tensor] | None) -> None:
         try:
             if weights is not None:
                 (self.out / "best").mkdir(exist_ok=True)
                 folder = self.out / "best" / f"step-{step:08d}"
                 write_snapshot(folder, {"model.safetensors": weights}, {"step": step})
-            with (self.out / "validation.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **line}) + "\n")
+            rows = [json.dumps({"step": step, **line}) + "\n" for step, line in self.lines.items()]
+            write_atomically(self.out / "validation.jsonl", "".join(rows).encode())
             if weights is not None:  # the older ones go when the line is there that names this one
                 for old in snapshots(self.out / "best"):
                     if old != folder:
@@ -121,7 +121,8 @@ class Validation:
 
 
 def _rank(line: Line) -> tuple[float, float]:
-    return line["accuracy"], -line["loss"] if math.isfinite(line["loss"]) else -math.inf
+    accuracy, loss = line["accuracy"], line["loss"]
+    return accuracy if math.isfinite(accuracy) else -1.0, -loss if math.isfinite(loss) else -math.inf
 
 
 def read_lines(out: Path) -> dict[int, Line]:

@@ -8,6 +8,7 @@ their results. Where forking is not safe (outside Linux) threads do the work.
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 import os
@@ -125,7 +126,9 @@ class _Worker(Generic[T]):
     def answer(self) -> T:
         try:
             result, error, where = _receive(self.ours)
-        except (EOFError, OSError):
+        except (EOFError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+                raise  # this process has no room; the worker lives
             self._died()
         if error is not None:
             raise error from RuntimeError(f"in a worker process:\n{where}")

@@ -97,7 +97,7 @@ class Training:
             self.losses.append(loss.item())
             self.samples.append(chosen)
             run.log(step + 1, loss=loss.item())
-        return distributed.unsharded(model, BeitForMaskedImageModeling(CONFIG)).state_dict()
+        return distributed.unsharded(model, lambda: BeitForMaskedImageModeling(CONFIG)).state_dict()
 
     def batches(self, steps: range) -> Any:
         rank, world = distributed.rank(), distributed.size()
@@ -386,7 +386,7 @@ def test_alone_nothing_is_wrapped_or_summed() -> None:
     model = BeitForMaskedImageModeling(CONFIG)
     assert distributed.wrap(model) is model
     assert distributed.wrap(model, shard=True) is model
-    assert distributed.unsharded(model, BeitForMaskedImageModeling(CONFIG)) is model
+    assert distributed.unsharded(model, lambda: BeitForMaskedImageModeling(CONFIG)) is model
     number = torch.tensor(2.5)
     for reduced in (distributed.total, distributed.mean, distributed.highest):
         assert reduced(number) == 2.5

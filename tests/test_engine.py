@@ -536,10 +536,11 @@ def test_auto_measures_once_and_then_opens_the_graph_without_loading_the_model(
     assert Engine(folder).why == "the model is too small for another runtime to gain by it"
     assert not list(cache.glob("choice-*"))
     monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 0)
-    honest = beit.engine.TorchModel.__call__
+    honest, threads = beit.engine.TorchModel.__call__, list[int]()
 
     def slow(model: TorchModel, output: Output, images: np.ndarray) -> np.ndarray:
         time.sleep(0.1)
+        threads.append(torch.get_num_threads())
         return honest(model, output, images)
 
     monkeypatch.setattr(beit.engine.TorchModel, "__call__", slow)
@@ -561,6 +562,16 @@ def test_auto_measures_once_and_then_opens_the_graph_without_loading_the_model(
     assert (again.runtime, again.why) == (first.runtime, first.why)
     assert list(again.classify(files)) == list(first.classify(files))
     assert again.labels == list(NAMES.values())
+
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parents[1]))
+    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 0)
+    monkeypatch.setattr(beit.engine.TorchModel, "__call__", slow)
+    before = torch.get_num_threads()
+    threads.clear()
+    Engine(folder, precision="fp32", threads=before + 1)
+    torch.set_num_threads(before)
+    assert set(threads) == {before + 1}  # torch is timed as it would be used
 
 
 def test_auto_leaves_out_what_does_not_agree(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from beit.image import (
     transformers_spec,
     unilm_spec,
 )
+from beit.stop import Stopped
 
 GOLDEN = Path(__file__).parent / "golden"
 PICTURES = sorted((GOLDEN / "images").iterdir())
@@ -877,3 +879,11 @@ def test_every_door_shows_a_network_the_same_pixels(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(image, theirs, err_msg=path.name)
         exported = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
         np.testing.assert_array_equal(seen[number], exported, err_msg=path.name)
+
+
+def test_an_error_travels_between_processes_as_it_is() -> None:
+    for error in (BadImage("torn", "p.jpg", "is half a file"), Stopped(143, "saved at step 3")):
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error)
+        assert (str(again), vars(again)) == (str(error), vars(error))
+    assert str(BadImage("torn", "p.jpg", "is half a file")) == "p.jpg: is half a file"

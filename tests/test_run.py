@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -738,6 +739,24 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     assert "steps" not in text
 
 
+def test_a_folder_that_another_process_works_in_is_waited_for_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Run(tmp_path / "run", Settings())
+    other = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)"
+    words = [sys.executable, "-c", f"{other}; print(flush=True); sys.stdin.read()", tmp_path / "run"]
+    with subprocess.Popen(words, stdin=-1, stdout=-1) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        monkeypatch.setattr(beit.run, "WAIT_FOR_FOLDER_S", 0)
+        with pytest.raises(RunError, match="another process is at work in"):
+            Run(tmp_path / "run", Settings(), overwrite=True)
+        monkeypatch.setattr(beit.run, "WAIT_FOR_FOLDER_S", 60)
+        threading.Timer(0.2, process.kill).start()
+        Run(tmp_path / "run", Settings())  # waits for its end
+    assert (tmp_path / "run" / "run.toml").exists()
+
+
 def test_another_command_is_refused(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Other:
@@ -1012,6 +1031,20 @@ def test_progress_off_a_terminal_is_a_plain_line_every_half_minute(
     assert lines[0].endswith("loss 2.5")
     left = float(lines[1].split(", ")[1].removesuffix(" s left"))
     assert left == pytest.approx(100 - 62, abs=2)  # a second a step
+
+
+def test_the_time_until_the_first_step_says_nothing_of_the_pace(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(beit.run.time, "monotonic", lambda: now)
+    with Progress("run", 100) as progress:
+        for done in (1, 2, 3):
+            now = 460.0 + 40 * done
+            progress.update(done, "loss 2.5")
+    assert capfd.readouterr().err.splitlines() == [
+        "run 1/100, loss 2.5", "run 2/100, 3920 s left, loss 2.5", "run 3/100, 3880 s left, loss 2.5",
+    ]  # fmt: skip
 
 
 def test_quiet_progress_is_silent(

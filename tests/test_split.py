@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -118,6 +119,15 @@ def test_what_cannot_be_read_is_trained_on_or_left_out_never_validated_on(tmp_pa
     assert len(given.val) == 8
     assert given.bad[-1].path.endswith("val/square/00.png")
     assert given.bad[-1].sample == len(source) + 3
+
+
+def test_looking_keeps_no_file_of_a_worker_open(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beit.split, "CHUNK", 1)
+    source = open_source(shapes)
+    before = len(os.listdir("/proc/self/fd"))
+    looked = look(source, workers=2)
+    assert len(looked.hashes) == len(source) > 30
+    assert len(os.listdir("/proc/self/fd")) < before + 5
 
 
 def test_some_pictures_of_a_source_are_those_pictures(shapes: Path) -> None:

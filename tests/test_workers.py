@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import ENVIRONMENT
 
+import beit.workers
 from beit.workers import WorkerDied, load_ahead, load_in_processes, now_doing
 
 WORKERS = [0, 1, 3]
@@ -286,3 +288,12 @@ def test_a_worker_holds_no_pipe_of_its_parent_open() -> None:
     os.close(writer)
     assert within(10, lambda: os.read(reader, 1)) == b""
     os.close(reader)
+
+
+def test_a_parent_without_room_says_so_and_waits_for_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "no room")
+
+    monkeypatch.setattr(beit.workers, "_receive", full)
+    with pytest.raises(OSError, match="no room"):
+        list(load_in_processes(lambda step: step, range(4), 2))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 ROWS = 4096  # of a Parquet file, written at once
+NAMES: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # of pictures, whatever bytes they are
 
 
 @Parameter(name="*")
@@ -160,7 +161,7 @@ def kept_answers(
     kept = rows_kept(out, about)
     if kept:
         print(f"going on after {kept} answers in {so_far(out)}", file=sys.stderr)
-    with so_far(out).open("r+", encoding="utf-8", errors="surrogateescape") as stream:
+    with so_far(out).open("r+", **NAMES) as stream:
         stream.readline()
         for _ in range(kept):
             row = json.loads(stream.readline())
@@ -282,7 +283,7 @@ def write_table(answers: Iterator[Prediction]) -> tuple[int, int]:
 @contextmanager
 def csv_writer(file: Path, width: int) -> Iterator[Write]:
     """path, label, score, error, then label_2, score_2 ... to `width`; in the order of the pictures."""
-    with replacing(file) as beside, beside.open("w", newline="", encoding="utf-8") as stream:
+    with replacing(file) as beside, beside.open("w", newline="", **NAMES) as stream:
         writer = csv.writer(stream)
         others = [f"{word}_{place}" for place in range(2, width + 1) for word in ("label", "score")]
         writer.writerow(["path", "label", "score", "error", *others])
@@ -297,7 +298,7 @@ def csv_writer(file: Path, width: int) -> Iterator[Write]:
 @contextmanager
 def jsonl_writer(file: Path, width: int) -> Iterator[Write]:
     """What --json prints."""
-    with replacing(file) as beside, beside.open("w", encoding="utf-8") as stream:
+    with replacing(file) as beside, beside.open("w", **NAMES) as stream:
         yield lambda answer: print_json(answer, stream)
 
 

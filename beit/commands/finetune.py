@@ -334,7 +334,8 @@ def fit(
     view = view_of(settings, model)
     erase_and_mix = erasing_and_mixing(settings)
     rank, world = distributed.rank(), distributed.size()
-    parts = distributed.accumulation(settings.batch_size, settings.device_batch_size)
+    # Refuses a batch that does not divide among the processes.
+    distributed.accumulation(settings.batch_size, settings.device_batch_size)
     loader = Loader.of_run(
         data.train.source, settings.batch_size, settings.seed, settings.workers, run.out,
         settings.max_bad_images, rank, world,
@@ -390,9 +391,10 @@ def fit(
         step_rng = np.random.default_rng([settings.seed, step, 2, rank])
         images, wanted = erase_and_mix(images, labels, config.num_classes, step_rng)
         loss, right = torch.zeros(2, device=device)
-        portions = zip(*(t.tensor_split(parts) for t in (images, wanted, labels)), strict=True)
+        size = settings.device_batch_size or len(images)
+        portions = list(zip(*(t.split(size) for t in (images, wanted, labels)), strict=True))
         for number, (some, targets, truths) in enumerate(portions, 1):
-            with distributed.gradients_sent(network, last=number == parts):
+            with distributed.gradients_sent(network, last=number == len(portions)):
                 with autocast(settings.precision, device):
                     logits = network(some)
                 part_loss = criterion(logits.float(), targets) / len(images)

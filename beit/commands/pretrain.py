@@ -329,7 +329,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         "batch_size": settings.batch_size,
         "seed": settings.seed,
     }
-    whole = distributed.unsharded(model, BeitForMaskedImageModeling(config)).eval()
+    whole = distributed.unsharded(model, lambda: BeitForMaskedImageModeling(config)).eval()
     whole.image_spec = spec
     distributed.on_main(lambda: save(whole, run.out, provenance))
     last = {k: v for k, v in run.read_metrics()[-1].items() if isinstance(v, (int, float))}
@@ -354,6 +354,11 @@ def starting_model(settings: Pretrain, vocab_size: int) -> BeitForMaskedImageMod
         start = load_model(settings.model, dtype=torch.float32)
         config = replace(start.config, use_mask_token=True, vocab_size=vocab_size, num_classes=0)
     if settings.init_values is not None:
+        if start is not None and settings.init_values != config.init_values:
+            raise ValueError(
+                f"--init-values {settings.init_values} is for a fresh encoder; {settings.model} is "
+                f"trained, with {config.init_values}: leave it out"
+            )
         config = replace(config, init_values=settings.init_values)
     model = BeitForMaskedImageModeling(
         replace(config, img_size=settings.img_size or config.img_size, drop_path_rate=settings.drop_path)
@@ -377,7 +382,8 @@ def starting_model(settings: Pretrain, vocab_size: int) -> BeitForMaskedImageMod
             for name, tensor in start.state_dict().items()
             if same_tokens or not name.startswith("lm_head.")
         }
-        taken, report, _ = hand_over(tensors, start.config, model)
+        taken, report, unknown = hand_over(tensors, start.config, model)
+        assert not unknown, f"tensors that passed for known are not: {unknown}"
         model.load_state_dict(taken, strict=False)
         print(f"{settings.model}: {report}", file=sys.stderr)
     return model
@@ -442,13 +448,14 @@ def look(
     probe: bool = True,
 ) -> None:
     """Look at a model, in the main process; all must call this."""
-    looked_at = distributed.unsharded(model, BeitForMaskedImageModeling(model.config))
+    looked_at = distributed.unsharded(model, lambda: BeitForMaskedImageModeling(model.config))
     looked_at.image_spec = model.image_spec
 
     def work() -> None:
         watch.look(looked_at.to(model.cls_token.device), step, probe)
         width = model.config.embed_dim
-        rows = expected_ranges(run, watch.looks, vocab_size, width)
+        heads = 2 if model.config.early_layer else 1
+        rows = expected_ranges(run, watch.looks, vocab_size, width, heads)
         watch.write_page(f"Pre-training of {run.out.name}", rows, width)
 
     with run.apart():
@@ -456,15 +463,18 @@ def look(
 
 
 def expected_ranges(
-    run: Run, looked: list[dict[str, Any]], vocab_size: int, width: int
+    run: Run, looked: list[dict[str, Any]], vocab_size: int, width: int, heads: int
 ) -> list[tuple[str, str, str]]:
-    """(what, what came, what is usual) rows; empty before the first logged step."""
+    """(what, what came, what is usual) rows; empty before the first logged step.
+
+    heads: cross-entropies that the loss is the sum of, 2 for v2.
+    """
     metrics = run.read_metrics()
     if not metrics:
         return [("steps", "0", "the untrained network")]
     last, first, now = metrics[-1], looked[0], looked[-1]
     tokens = "token_accuracy" in last
-    blind = math.log(last["target_perplexity"]) if tokens else 1.0
+    blind = heads * (math.log(last["target_perplexity"]) if tokens else 1.0)
     rank = next(key for key in now if key.startswith("effective_rank"))
     published = "; about 5 % at the end with DALL-E's 8,192" if vocab_size == 8192 else ""
     chance = f"above {1 / vocab_size:.2%}{published}"

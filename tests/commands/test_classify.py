@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -387,6 +388,20 @@ def test_a_stopped_run_goes_on_and_its_file_is_that_of_an_unbroken_one(
     assert codes == [130] * (len(codes) - 1) + [0]
     assert out.read_bytes() == unbroken.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {unbroken.name, out.name}
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_names_that_are_no_utf8_are_kept_as_they_are(
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path, ending: str
+) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    name = os.fsencode(folder) + b"/caf\xe9.png"
+    with open(name, "wb") as file:
+        file.write((photos / "1.png").read_bytes())
+    out = tmp_path / f"out{ending}"
+    assert cli("classify", folder, model=finetuned.folder, out=out)[0] == 0
+    assert name in out.read_bytes()
 
 
 def test_a_killed_run_goes_on_past_a_torn_line(

@@ -374,6 +374,14 @@ def test_parts_of_a_batch_train_as_the_whole_does(shapes: Path, tmp_path: Path) 
         torch.testing.assert_close(parts.weights[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
 
 
+def test_a_set_smaller_than_a_batch_is_taken_in_parts_too(shapes: Path, tmp_path: Path) -> None:
+    options = {**MINI, "batch_size": 64, "use_epoch": "last"}
+    whole = run(tmp_path / "whole", "finetune", shapes, **options)
+    parts = run(tmp_path / "parts", "finetune", shapes, **options, device_batch_size=1)
+    for name, tensor in whole.weights.items():
+        torch.testing.assert_close(parts.weights[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
+
+
 def test_two_processes_train_what_one_does(shapes: Path, tmp_path: Path) -> None:
     """The augmentation of a picture does not depend on who prepares it; a mix of pictures does."""
     options = {**MINI, "rand_augment": 9, "ema_decay": 0.9, "log_every": 1}
@@ -433,6 +441,10 @@ def test_the_best_epoch_is_kept_and_a_broken_run_keeps_the_same(
     assert read_metrics(broken.folder / "validation.jsonl") == looks
     last = run(tmp_path / "last", "finetune", shapes, **options, use_epoch="last")
     assert last.result["val_accuracy"] == looks[-1]["accuracy"]
+    with (broken.folder / "validation.jsonl").open("a") as file:
+        file.write('{"step": 21, "accu')  # as a full disk leaves it
+    longer = run(broken.folder, "finetune", shapes, **options)
+    assert longer.result["best_step"] == best["step"]
     again = run(tmp_path / "run", "finetune", shapes, **options)  # a finished run, once more
     assert again.result == done.result
 
@@ -759,8 +771,10 @@ def test_copies_in_both_parts_are_said(shapes: Path, tmp_path: Path) -> None:
     shutil.copytree(shapes, tmp_path / "data")
     one, other = tmp_path / "data/train/disc/03.png", tmp_path / "data/val/disc/leak.png"
     shutil.copy(one, other)
+    again = shutil.copy(one, one.with_name("00-again.png"))  # of two on one side the first is told
     done = run(tmp_path / "run", "finetune", tmp_path / "data", **MINI, no_report=True)
-    assert f"1 pictures are in both parts, which makes numbers too good: {other} is {one}" in done.said
+    told = "1 validation pictures are among the training pictures too, which makes numbers too good: "
+    assert f"{told}{other} is {again}" in done.said
 
 
 @pytest.mark.parametrize("val_share", [0, 0.2])

@@ -76,6 +76,43 @@ def test_looks_tell_whether_it_works_and_change_no_weight(
     assert len(page) < 5e6
 
 
+def test_looks_leave_what_a_step_draws_as_it_is(shapes: Path, tmp_path: Path, tokenizer: Done) -> None:
+    """Stochastic depth draws from torch's generator, which a look must not touch."""
+    options = {**PRETRAIN, "tokenizer": tokenizer.folder, "steps": 6, "drop_path": 0.3}
+    often, rarely = (
+        run(tmp_path / str(epochs), "pretrain", shapes / "train", **options, look_epochs=epochs)
+        for epochs in (1, 2)
+    )
+    assert len(list((often.folder / "pictures").iterdir())) == 3
+    same_weights(often, rarely)
+
+
+def test_a_trained_model_brings_its_own_layer_scale(
+    cli: Cli, shapes: Path, tmp_path: Path, pretrained: Done, tokenizer: Done
+) -> None:
+    options = {**PRETRAIN, "tokenizer": tokenizer.folder, "model": pretrained.folder, "steps": 1}
+    for value in (0.0, 0.5):
+        code, _, said = cli("pretrain", shapes, out=tmp_path / "run", init_values=value, **options)
+        assert code == 2
+        assert f"--init-values {value} is for a fresh encoder" in said
+    assert cli("pretrain", shapes, out=tmp_path / "new", init_values=0.1, **options)[0] == 0  # its own
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_page_judges_the_loss_of_each_head(pretrained: Done, heads: int) -> None:
+    class Ran:
+        def read_metrics(self) -> list[dict[str, Any]]:
+            return [{"step": 1, "loss": 3.0, "token_accuracy": 0.1, "target_perplexity": 20.0}]
+
+    looks = [{"step": 0, "effective_rank_2": 5.0}]
+    rows = beit.commands.pretrain.expected_ranges(Ran(), looks, 32, 96, heads)  # type: ignore[arg-type]
+    assert (
+        "loss",
+        "3.000",
+        f"below {heads * math.log(20):.3f}, which is guessing without looking",
+    ) in rows
+
+
 def test_the_model_is_the_named_size_as_it_is_pretrained(pretrained: Done) -> None:
     model = load(pretrained.folder)
     assert isinstance(model, BeitForMaskedImageModeling)
