@@ -12,11 +12,13 @@ import errno
 import os
 import sys
 import traceback
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TextIO
 
 from cyclopts import App, Parameter
 from cyclopts.config import Dict as Config
@@ -170,8 +172,9 @@ def run() -> None:
             raise ValueError(f"there is no command {words[0]!r}; {nearest(words[0], COMMANDS)}")
         app.config = []
         if start := take_start(words):
-            app.config = [start_from(words[0], *start)]
-        with stop_at_once() if words[:1] and words[0] in TRAININGS else nullcontext():
+            app.config = [start_from(words, *start)]
+        trains = bool(words) and words[0] in TRAININGS
+        with stop_at_once() if trains else nullcontext(), lasting_output() if trains else nullcontext():
             app(words)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -190,6 +193,40 @@ def run() -> None:
         except OSError:  # it was what failed
             drop_output()
         sys.exit(code)
+
+
+class LastingStream:
+    """What is told, while somebody reads it: a training does not end with its `tee`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """stdout and stderr that may lose their readers without an error."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(LastingStream, streams)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        try:
+            sys.stdout.flush()
+        except OSError:
+            drop_output()
 
 
 def drop_output() -> None:
@@ -212,12 +249,16 @@ def take_start(words: list[str]) -> tuple[str, str] | None:
     return found[0] if found else None
 
 
-def start_from(command: str, option: str, name: str) -> Config:
+def start_from(words: list[str], option: str, name: str) -> Config:
     """The settings of a recipe or of an earlier run, as defaults that flags override."""
+    command, given = words[0], {word.split("=")[0] for word in words}
     place = command.replace("-", "_")
     settings = getattr(import_module(f"beit.commands.{place}"), place.title().replace("_", ""))
     file = find_recipe(command, name) if option == "--recipe" else Path(name)
     values = read_settings(file, {field.name for field in fields(settings) if field.name != "_"})
+    for flag, other in (("--epochs", "steps"), ("--warmup-epochs", "warmup_steps")):
+        if flag in given:  # two ways to say one thing, of which the recipe's would win
+            values.pop(other, None)
     return Config({k.replace("_", "-"): v for k, v in values.items()}, use_commands_as_keys=False)
 
 

@@ -340,14 +340,18 @@ class BadImages:
     def add(self, bad: Sequence[Bad], in_a_row: int = 0) -> None:
         """List what is new. Raises TooManyBadImages over the budget, or after so many `in_a_row`."""
         new = {b.sample: b for b in bad if b.sample not in self.found}
-        if new:
+        if new and not in_a_row:  # those are of a disk that is away, not of the pictures
             first = not self.file.exists()
             with self.file.open("a", newline="", encoding="utf-8", errors="replace") as stream:
                 csv.writer(stream).writerows([Bad._fields, *new.values()] if first else new.values())
             self.found |= new
         allowed = math.ceil(self.budget * self.num_samples)
         if in_a_row:
-            raise TooManyBadImages(f"{in_a_row} pictures in a row cannot be read: {self._examples(bad)}")
+            some = _some([f"{b.path} ({b.reason})" for b in bad], 3)
+            raise TooManyBadImages(
+                f"{in_a_row} pictures in a row cannot be read: {some}. Is their place there? When it is, "
+                "the same command goes on"
+            )
         if new and len(self.found) > allowed:
             raise TooManyBadImages(
                 f"{len(self.found):,} of {self.num_samples:,} pictures cannot be read, where "
@@ -357,8 +361,8 @@ class BadImages:
     def _examples(self, bad: Sequence[Bad]) -> str:
         some = [f"{b.path} ({b.reason})" for b in bad]
         return (
-            f"{_some(some, 3)}; all are listed in {self.file}. Mend them, leave them out, "
-            "or raise --max-bad-images"
+            f"{_some(some, 3)}; all are listed in {self.file}. Mend them and take "
+            "them out of that list, or raise --max-bad-images; then the same command goes on"
         )
 
     def __str__(self) -> str:

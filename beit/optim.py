@@ -31,8 +31,9 @@ def layer_scale(layer: int, depth: int, layer_decay: float) -> float:
 
 
 def has_weight_decay(name: str, parameter: torch.Tensor) -> bool:
-    """Vectors, biases, positions and the class token are left alone."""
-    return not (parameter.ndim == 1 or name.endswith(".bias") or name in NO_DECAY)
+    """Vectors, biases, positions and class tokens are left alone."""
+    last = name.rpartition(".")[2]  # VQ-KD has an `encoder.cls_token`
+    return not (parameter.ndim == 1 or last == "bias" or last in NO_DECAY)
 
 
 def param_groups(

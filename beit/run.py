@@ -24,7 +24,7 @@ import threading
 import time
 from collections import ChainMap, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,11 +62,12 @@ T = TypeVar("T")
 WAIT_FOR_FOLDER_S = 60.0  # until another process leaves it
 SAVE_AFTER_S = 900.0  # a kill or a power cut costs no more, however long a step takes
 
-# Settings that change how a run is carried out, not what it computes: they may differ on resume.
+# Settings of how a run is carried out, which change what it computes by rounding at most: they may
+# differ on resume.
 FREE_SETTINGS = {
     "out", "overwrite", "workers", "device", "log_every", "save_every", "quiet", "keep_last",
     "keep_every", "device_batch_size", "shard", "gradient_checkpointing", "compile", "tensorboard",
-    "peak_tflops", "probe_data", "probe_layers", "look_epochs",
+    "peak_tflops", "probe_data", "probe_layers", "look_epochs", "max_bad_images",
 }  # fmt: skip
 
 
@@ -365,7 +366,13 @@ class Run:
         Metrics logged after it are dropped: they will be logged again. What cannot be read is renamed
         to unreadable-step-..., so that it never counts as one again.
         """
-        newest = distributed.on_main(self._newest)
+        try:
+            newest = distributed.on_main(self._newest)
+        except OSError as error:
+            raise CannotWrite(
+                f"cannot read the checkpoints of {self.out}: {error.strerror or error}. They may be whole: "
+                "when the disk answers again give the same command to go on"
+            ) from error
         if newest is not None:
             training.load(*load_snapshot(newest))
         distributed.on_main(lambda: self._forget_metrics_after(training.step))
@@ -375,7 +382,12 @@ class Run:
             try:
                 verify_snapshot(folder)
                 return folder
-            except Exception as error:  # whatever a torn disk gives, an older one is the answer
+            except (
+                ValueError,
+                FileNotFoundError,
+                NotADirectoryError,
+                IsADirectoryError,
+            ) as error:  # others may pass
                 print(f"checkpoint {folder} cannot be read ({error}); trying older", file=sys.stderr)
                 aside = folder.with_name(f"unreadable-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -463,7 +475,7 @@ class Run:
             with stop_signals(rescue) as stop, progress, frame:
                 while training.step < total:
                     step = training.step
-                    with self._pace.waiting():
+                    with self._pace.waiting(), self._saving_first(training, keep_last, keep_every):
                         batch = next(ahead)
                     torch.manual_seed(step_seed(seed, step + training.jumped, distributed.rank()))
                     yield step, batch
@@ -491,6 +503,20 @@ class Run:
                 raise Stopped(stop.exit_code, stopped_at(training.step, total))
         finally:
             close(ahead)
+
+    @contextmanager
+    def _saving_first(self, training: Training, keep_last: int, keep_every: int) -> Iterator[None]:
+        """Save what is trained before an error of the pictures, or of who reads them, ends the run."""
+        try:
+            yield
+        except Exception:
+            saved = any(step_of(folder) == training.step for folder in snapshots(self.checkpoints))
+            alone = distributed.is_main() and not training.is_sharded
+            if alone and training.step and not saved and training.is_finite_here():
+                with suppress(CannotWrite):
+                    self._write(training, training.tensors(), keep_last, keep_every)
+                    distributed.say(f"{self.out.name}: step {training.step} is saved")
+            raise
 
     def _roll_back(self, training: Training, tried: list[int]) -> None:
         """Load the last checkpoint, and note it in `tried`; from the second time on with other batches."""

@@ -140,7 +140,7 @@ class _Joined(Mapping[str, Tensor]):
 
 def snapshots(parent: Path) -> list[Path]:
     """All snapshots in a folder, the newest last."""
-    return sorted(parent.glob("step-*"))
+    return sorted(f for f in parent.glob("step-*") if f.name[5:].isdecimal())  # no copies of people's
 
 
 def drop(folder: Path) -> None:

@@ -121,7 +121,7 @@ def update_codes(codes: Tensor, directions: Tensor, token_ids: Tensor, decay: fl
     """
     sums = torch.zeros_like(codes).index_add_(0, token_ids, directions)
     counts = torch.bincount(token_ids, minlength=len(codes))
-    if dist.is_available() and dist.is_initialized():
+    if _world() > 1:
         dist.all_reduce(sums)
         dist.all_reduce(counts)
     moved = F.normalize(decay * codes + (1 - decay) * F.normalize(sums, dim=-1), dim=-1)
@@ -140,22 +140,34 @@ def revive_codes(
     """
     unused_steps.copy_(torch.where(counts > 0, 0, unused_steps + 1))
     if after:
-        idle = torch.nonzero(unused_steps >= after).flatten()[: len(directions)]
+        rows = len(directions) * _world()
+        idle = torch.nonzero(unused_steps >= after).flatten()[:rows]
         places = pick_directions(directions, len(idle))
         codes[idle] = torch.where(places.isfinite(), places, codes[idle])
         unused_steps[idle] = 0
 
 
 def pick_directions(directions: Tensor, count: int) -> Tensor:
-    """`count` random rows of (n, K), some twice if there are not so many; rank 0's on every rank."""
+    """`count` random rows of every rank's (n, K), some twice if there are not so many; the same on each."""
+    if count == 0:
+        return directions[:0]
+    world = _world()
+    if world > 1:
+        of_ranks = [torch.empty_like(directions) for _ in range(world)]
+        dist.all_gather(of_ranks, directions.contiguous())
+        directions = torch.cat(of_ranks)
     n, device = len(directions), directions.device
     rows = torch.randperm(n, device=device)[:count]
     if count > n:
         rows = torch.randint(n, (count,), device=device)
     picked = directions[rows]
-    if dist.is_available() and dist.is_initialized():
+    if world > 1:  # their dice differ
         dist.broadcast(picked, src=0)
     return picked
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 # --- OpenAI's dVAE --------------------------------------------------------------------------------

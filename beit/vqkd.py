@@ -165,6 +165,10 @@ class VQKD(nn.Module):
         self.decode_task_layer = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.teacher_dim)
         )
+        for layer in (*self.encode_task_layer, *self.decode_task_layer):
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
     @property
     def vocab_size(self) -> int:

@@ -72,10 +72,12 @@ class Watch:
         """Draw, and probe unless that is left to a later look; the model stays in the mode it was in."""
         training = model.training
         self.looks = [look for look in self.looks if look["step"] < step]  # a resumed run looks again
-        if probe or not self.looks:
-            self.looks.append({"step": step, **self.probes(model.eval())})
-        sheet = self.draw(model.eval())
-        model.train(training)
+        try:
+            if probe or not self.looks:
+                self.looks.append({"step": step, **self.probes(model.eval())})
+            sheet = self.draw(model.eval())
+        finally:
+            model.train(training)
         if sheet is not None:
             (self.out / "pictures").mkdir(exist_ok=True)
             file = self.out / "pictures" / f"step-{step:08d}.jpg"

@@ -258,7 +258,7 @@ def test_the_module_runs_as_the_program_does() -> None:
 def test_a_recipe_sets_fields_of_its_command_and_says_what_came_out(file: Path) -> None:
     place = file.parent.name
     command = place.replace("_", "-")
-    config = start_from(command, "--recipe", file.stem)
+    config = start_from([command], "--recipe", file.stem)
     content = tomllib.loads(file.read_text())
     assert content["expected"]
     assert content["source"]
@@ -283,6 +283,24 @@ def test_the_page_of_recipes_says_what_their_files_say() -> None:
         recipe = tomllib.loads(file.read_text())
         assert f"| `{file.stem}` | {recipe['expected']} | {recipe['cost']} |" in rows
     assert len(rows) == len(list(FOLDER.glob("*/*.toml")))
+
+
+def test_flags_of_epochs_override_the_steps_of_a_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[settings]\nsteps = 500\nwarmup_steps = 100\n")
+    for words, left in (
+        (["--epochs", "1"], {"warmup-steps": 100}),
+        (["--warmup-epochs=2"], {"steps": 500}),
+        (["--lr", "1"], {"steps": 500, "warmup-steps": 100}),
+    ):
+        assert start_from(["pretrain", *words], "--recipe", str(file)).config == left
+
+
+def test_a_key_outside_settings_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('source = "me"\nepochs = 1\n[settings]\nlr = 1e-3\n')
+    with pytest.raises(ValueError, match=r"'epochs' outside \[settings\]"):
+        start_from(["pretrain"], "--recipe", str(file))
 
 
 def test_misspelt_recipes_and_keys_name_the_nearest(cli: Cli, tmp_path: Path) -> None:

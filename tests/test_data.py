@@ -545,9 +545,11 @@ def test_a_budget_that_is_no_share_is_refused(tmp_path: Path) -> None:
 def test_a_hundred_in_a_row_stop_the_run_whatever_the_budget(tmp_path: Path, workers: int) -> None:
     source = put_with_bad(tmp_path, MOST_IN_A_ROW + 50, set(range(MOST_IN_A_ROW + 50)))
     loader = loader_of(source, tmp_path, workers=workers)
-    with pytest.raises(TooManyBadImages, match="100 pictures in a row cannot be read"):
+    with pytest.raises(
+        TooManyBadImages, match=r"100 pictures in a row cannot be read: .* Is their place"
+    ):
         next(loader.batches(range(9), draw))
-    assert len(rows_of(tmp_path / "bad_images.csv")) == MOST_IN_A_ROW
+    assert not (tmp_path / "bad_images.csv").exists()  # the same command can go on when they are there
 
 
 def test_an_error_that_is_not_the_pictures_fault_is_raised(

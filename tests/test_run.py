@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import hashlib
 import json
@@ -243,6 +244,54 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(
     assert second.run.metrics_file.read_text() == unbroken[1]
     names = {p.name for p in second.run.checkpoints.iterdir()}
     assert names == {"step-00000008", "step-00000012", "unreadable-step-00000008"}
+
+
+def test_a_disk_that_does_not_answer_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any
+) -> None:
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", stop_after=10).go()
+
+    def away(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(beit.run, "verify_snapshot", away)
+        with pytest.raises(CannotWrite, match=r"Input/output error\. They may be whole"):
+            train(tmp_path / "run").go()
+    second = train(tmp_path / "run")
+    same(second.go(), unbroken[0])
+    assert second.seen[0] == 8
+
+
+def test_a_copy_of_a_checkpoint_is_left_alone(tmp_path: Path, unbroken: Any) -> None:
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", stop_after=6).go()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000004", checkpoints / "step-00000004.best")
+    same(train(tmp_path / "run", frame={"keep_every": 4}).go(), unbroken[0])
+    assert (checkpoints / "step-00000004.best" / "model.safetensors").exists()
+
+
+def test_an_error_of_the_pictures_ends_a_run_that_has_saved(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], unbroken: Any
+) -> None:
+    training = train(tmp_path / "run")
+    batches = training.batches
+
+    def fail_at_7(steps: range) -> Iterator[Any]:
+        for step, batch in zip(steps, batches(steps), strict=False):
+            if step == 7:
+                raise ConnectionError("the store is away")
+            yield batch
+
+    training.batches = fail_at_7  # type: ignore[method-assign]
+    with pytest.raises(ConnectionError):
+        training.go()
+    assert "run: step 7 is saved" in capfd.readouterr().err
+    again = train(tmp_path / "run")
+    same(again.go(), unbroken[0])
+    assert again.seen[0] == 7
 
 
 def test_without_a_readable_checkpoint_the_run_begins_again(tmp_path: Path, unbroken: Any) -> None:

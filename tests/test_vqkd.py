@@ -19,7 +19,6 @@ from torch import Tensor
 import beit.tokenizer
 import beit.vqkd
 from beit.checkpoints import CheckpointError, load_tokenizer, save_tokenizer
-from beit.tokenizer import pick_directions
 from beit.vqkd import VQKD, NormEMAVectorQuantizer, VQKDConfig, mean_patches, patch_pixels
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -265,19 +264,12 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_make_the_codebook_that_one_makes_of_both_halves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_make_the_codebook_that_one_makes_of_both_halves(tmp_path: Path) -> None:
     command = [sys.executable, "-c", STEPS]
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=ENVIRONMENT) for rank in (0, 1)]
     assert [rank.wait() for rank in ranks] == [0, 0]
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
 
-    def from_rank_0(given: Tensor, count: int) -> Tensor:
-        return pick_directions(given[: len(given) // 2], count)
-
-    monkeypatch.setattr(beit.vqkd, "pick_directions", from_rank_0)
-    monkeypatch.setattr(beit.tokenizer, "pick_directions", from_rank_0)
     batches = torch.randn(3, 2, 24, 5, generator=torch.Generator().manual_seed(9))
     torch.manual_seed(0)
     alone = NormEMAVectorQuantizer(VQKDConfig(vocab_size=40, code_dim=5, revive_after_steps=1)).train()

@@ -33,7 +33,7 @@ from beit.metrics import codebook_use
 from beit.model import BeitForMaskedImageModeling, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
-from beit.run import Run, surroundings, tell_settings, weights_hash
+from beit.run import Run, Stopped, surroundings, tell_settings, weights_hash
 from beit.split import data_hash
 from beit.tokenizer import DalleTokenizer, PixelTargets, Tokenizer
 from beit.visualize import hide_patches, mark_patches, strip, to_bytes
@@ -447,7 +447,10 @@ def look(
     vocab_size: int,
     probe: bool = True,
 ) -> None:
-    """Look at a model, in the main process; all must call this."""
+    """Look at a model, in the main process; all must call this.
+
+    What goes wrong in the first look ends the run; after that it is said, and the training goes on.
+    """
     looked_at = distributed.unsharded(model, lambda: BeitForMaskedImageModeling(model.config))
     looked_at.image_spec = model.image_spec
 
@@ -458,8 +461,19 @@ def look(
         rows = expected_ranges(run, watch.looks, vocab_size, width, heads)
         watch.write_page(f"Pre-training of {run.out.name}", rows, width)
 
+    def guarded() -> None:
+        looked_before = bool(watch.looks)
+        try:
+            work()
+        except (OSError, Stopped):
+            raise
+        except Exception as error:
+            if not looked_before:
+                raise
+            distributed.say(f"the look at step {step} failed, and the training goes on: {error}")
+
     with run.apart():
-        distributed.on_main(work)
+        distributed.on_main(guarded)
 
 
 def expected_ranges(

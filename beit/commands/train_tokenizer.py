@@ -28,7 +28,7 @@ from beit.hub import resolve, sha256_of
 from beit.image import BadImage, ImageSpec, resize_and_crop
 from beit.metrics import CodebookUse, codebook_use, psnr
 from beit.model import Beit, BeitForMaskedImageModeling, check_size, variant
-from beit.optim import adamw, cosine_schedule, update
+from beit.optim import adamw, cosine_schedule, param_groups, update
 from beit.precision import Precision, autocast, resolve_precision
 from beit.report import Page
 from beit.run import Run, read_metrics, surroundings, tell_settings
@@ -123,7 +123,9 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
     tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a sixth faster
     run = Run(settings.out, settings, settings.overwrite)
     trained = [p for p in tokenizer.parameters() if p.requires_grad]
-    optimizer = adamw(trained, settings.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    ours = [{"params": trained, "weight_decay": 1e-4}]  # of the dVAE everything decays
+    groups = param_groups(tokenizer, 1e-4) if isinstance(tokenizer, VQKD) else ours
+    optimizer = adamw(groups, settings.lr, betas=(0.9, 0.99))
     view = CropAndFlip(tokenizer.config.img_size, settings.crop_scale, hflip=settings.hflip)
     loader = Loader.of_run(
         source,

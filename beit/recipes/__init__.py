@@ -23,6 +23,7 @@ else:
     import tomli as tomllib
 
 FOLDER = Path(__file__).parent
+TOLD = {"expected", "source", "cost"}  # to people, above [settings]
 
 
 def recipe_names(command: str) -> list[str]:
@@ -51,6 +52,9 @@ def read_settings(file: Path, fields: Collection[str]) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not TOML: {error}") from None
     values = content.get("settings", content)
+    if values is not content:
+        for key in content.keys() - TOLD - {"settings"}:
+            raise ValueError(f"{file} has {key!r} outside [settings]; {nearest(key, {*TOLD, *fields})}")
     settings = {key: value for key, value in values.items() if key != "command"}
     for key in settings:
         if key not in fields:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import beit.commands.pretrain
 import beit.model
+import beit.watch
 from beit.checkpoints import load
 from beit.image import HALF, IMAGENET_MEAN
 from beit.model import VARIANTS, BeitForMaskedImageModeling
@@ -85,6 +86,28 @@ def test_looks_leave_what_a_step_draws_as_it_is(shapes: Path, tmp_path: Path, to
     )
     assert len(list((often.folder / "pictures").iterdir())) == 3
     same_weights(often, rarely)
+
+
+def test_a_look_that_fails_later_ends_no_training(
+    shapes: Path, tmp_path: Path, tokenizer: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**PRETRAIN, "tokenizer": tokenizer.folder, "steps": 6, "look_epochs": 1, "drop_path": 0.3}
+    whole = run(tmp_path / "whole", "pretrain", shapes / "train", **options)
+    probes, calls = beit.watch.Watch.probes, list[int]()
+
+    def failing(watch: Any, model: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("no pictures")
+        return probes(watch, model)
+
+    monkeypatch.setattr(beit.watch.Watch, "probes", failing)
+    done = run(tmp_path / "run", "pretrain", shapes / "train", **options)
+    assert "the look at step 3 failed, and the training goes on: no pictures" in done.said
+    same_weights(done, whole)
+    calls.append(1)
+    with pytest.raises(RuntimeError, match="no pictures"):
+        run(tmp_path / "first", "pretrain", shapes / "train", **options)
 
 
 def test_a_trained_model_brings_its_own_layer_scale(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Cli
+from conftest import ENVIRONMENT, ROOT, Cli
 from PIL import Image
 
 import beit.commands.train_tokenizer
@@ -22,10 +23,10 @@ from beit.commands.train_tokenizer import model_features, open_teacher
 from beit.data import open_source
 from beit.image import ImageSpec, resize_and_crop
 from beit.metrics import psnr
-from beit.optim import cosine_schedule
+from beit.optim import cosine_schedule, param_groups
 from beit.tokenizer import DiscreteVAE
 from beit.visualize import to_bytes
-from beit.vqkd import VQKD, patch_pixels
+from beit.vqkd import VQKD, VQKDConfig, patch_pixels
 
 from .conftest import PRETRAIN, TOKENIZER, Broken, Done, Options, run, same_weights
 
@@ -461,3 +462,29 @@ def test_wrong_settings_of_vqkd_leave_no_folder(
     assert code != 0
     assert cause in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_that_goes_away_ends_no_training(shapes: Path, tmp_path: Path) -> None:
+    """`beit train-tokenizer ... 2>&1 | tee log`, and the tee is killed."""
+    sizes = "--img-size 16 --vocab-size 8 --hidden-dim 8 --steps 3 --batch-size 4 --workers 0".split()
+    words = [sys.executable, "-m", "beit", "train-tokenizer", shapes, "-o", tmp_path / "run", *sizes]
+    with subprocess.Popen(words, env=ENVIRONMENT, stdout=-1, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait() == 0
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_vqkd_begins_and_decays_as_published() -> None:
+    model = VQKD(VQKDConfig(img_size=32, embed_dim=192, num_heads=3, encoder_depth=1, teacher_dim=192))
+    for layers in (model.encode_task_layer, model.decode_task_layer):
+        assert 0.019 < float(layers[0].weight.detach().std()) < 0.021
+        assert not layers[0].bias.detach().any()
+    decayed, left = param_groups(model, 1e-4)
+    if not decayed["weight_decay"]:
+        decayed, left = left, decayed
+    assert {"encoder.cls_token", "encoder.pos_embed", "decoder.cls_token", "decoder.pos_embed"} <= {
+        *left["names"]
+    }
+    assert all(name.endswith(".weight") for name in decayed["names"])
+    assert {"encode_task_layer.0.weight", "decoder.blocks.0.attn.qkv.weight"} <= {*decayed["names"]}
