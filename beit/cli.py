@@ -218,7 +218,7 @@ class LastingStream:
 def lasting_output() -> Iterator[None]:
     """stdout and stderr that may lose their readers without an error."""
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(LastingStream, streams)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = map(LastingStream, streams)
     try:
         yield
     finally:

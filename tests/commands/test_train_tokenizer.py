@@ -466,21 +466,9 @@ def test_wrong_settings_of_vqkd_leave_no_folder(
 
 def test_a_reader_that_goes_away_ends_no_training(shapes: Path, tmp_path: Path) -> None:
     """`beit train-tokenizer ... 2>&1 | tee log`, and the tee is killed."""
-    sizes = [
-        "--img-size",
-        "16",
-        "--vocab-size",
-        "8",
-        "--hidden-dim",
-        "8",
-        "--steps",
-        "3",
-        "--batch-size",
-        "4",
-        "--workers",
-        "0",
-    ]
-    words = [sys.executable, "-m", "beit", "train-tokenizer", shapes, "-o", tmp_path / "run", *sizes]
+    words = [sys.executable, "-m", "beit", "train-tokenizer", shapes, "-o", tmp_path / "run"]
+    words += ["--img-size", "16", "--vocab-size", "8", "--hidden-dim", "8", "--steps", "3"]
+    words += ["--batch-size", "4", "--workers", "0"]
     with subprocess.Popen(words, env=ENVIRONMENT, stdout=-1, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         process.stdout.close()
