@@ -114,7 +114,7 @@ def open_source(location: str | Path, split: str = "train", labelled: bool = Fal
     labelled: refuse a source without labels.
     """
     place = _address(location)
-    if re.search(r"[*?{[]", place) and not exists(place):
+    if _is_pattern(place):
         listing = _list_shards(expand(place), place)
     elif not exists(place):
         raise ValueError(not_there(place))

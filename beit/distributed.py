@@ -21,15 +21,14 @@ from torch import Tensor, nn
 from beit.precision import pick_device
 
 T = TypeVar("T")
-_patient: Any = (
-    None  # all processes, for what may take the main one long: a look at a model, a large index
-)
+# All processes, for what may take the main one long: a look at a model, a large index.
+_patient: Any = None
 M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[torch.device]:
-    """Join the processes that torchrun (or srun) started; gives this one's device.
+    """Join the processes that torchrun, or a script that sets the same, started; gives this one's device.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Gloo on a CPU, NCCL on GPUs.
     """

@@ -88,9 +88,8 @@ class Prediction:
     score: float | None  # probability of `label`; where pictures show several classes, each has its own
     top: tuple[tuple[str, float], ...]  # the best classes, most likely first
     error: str | None = None
-    ms: float | None = field(
-        default=None, compare=False
-    )  # the model's: its batch's, divided by pictures
+    # The model's: its batch's, divided by pictures.
+    ms: float | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -546,9 +545,8 @@ class Engine:
                 run(noise[:1])
                 times[name].append(1000 * (time.perf_counter() - began))
         ms = {name: min(each[1:]) for name, each in times.items()}
-        fastest = min(
-            ms, key=lambda name: ms[name] * (0.95 if name == "torch" else 1)
-        )  # a tie is torch's
+        # A tie is torch's.
+        fastest = min(ms, key=lambda name: ms[name] * (0.95 if name == "torch" else 1))
         told = ", ".join(
             f"{name} {each:.0f} ms" for name, each in sorted(ms.items(), key=lambda x: x[1])
         )

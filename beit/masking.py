@@ -52,8 +52,11 @@ def sample_mask(
 
 def sample_random_mask(grid: tuple[int, int], num_masked: int, rng: np.random.Generator) -> np.ndarray:
     """Single patches anywhere, exactly `num_masked` of them: the paper's ablation of blocks."""
-    if not 0 < num_masked < grid[0] * grid[1]:
-        raise ValueError(f"cannot mask {num_masked} of the {grid[0] * grid[1]} patches of a {grid} grid")
+    height, width = grid
+    if not 0 < num_masked < height * width:
+        raise ValueError(
+            f"cannot mask {num_masked} of the {height * width} patches of a {height} x {width} grid"
+        )
     mask = np.zeros(grid, dtype=bool)
     mask.ravel()[rng.permutation(mask.size)[:num_masked]] = True
     return mask

@@ -79,7 +79,7 @@ def cosine_schedule(
     step: int, total_steps: int, warmup_steps: int, base: float, final: float, start: float = 0.0
 ) -> float:
     """The rate at a step: a line from `start` to `base`, reached with the last warm-up step, then half
-    a cosine towards `final`, which is never quite reached."""
+    a cosine towards `final`, which is never quite reached. A single warm-up step has the rate `start`."""
     if step < warmup_steps:
         return start + (base - start) * step / max(warmup_steps - 1, 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)

@@ -202,7 +202,7 @@ def fit_sgd(
 
 
 def stratified_fifth(labels: Sequence[int] | np.ndarray, seed: int) -> Tensor:
-    """A (n,) bool choice of a fifth of each class; classes with fewer than five give none or one."""
+    """A (n,) bool choice of a fifth of each class; where all have fewer than five, a fifth of all."""
     rng = np.random.default_rng(seed)
     held_out = np.zeros(len(labels), dtype=bool)
     array = np.array(labels)

@@ -219,13 +219,22 @@ class Run:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RunError(f"{file} is not TOML: {error}; --overwrite begins again") from error
         now = tomllib.loads(to_toml(described))
+        resolved = self.out / "resolved.toml"
+        known = tomllib.loads(resolved.read_text(encoding="utf-8")) if resolved.exists() else {}
+        moved = {key for key in paths if f"{key}_hash" in known}  # `begin` compares what lies there
         changed = [
             f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
-            if key not in FREE_SETTINGS
+            if key not in FREE_SETTINGS | moved
             and before.get(key) != now.get(key)
             and not (key in paths and same_place(before.get(key), now.get(key)))
         ]
+        for key in sorted(moved):
+            if not same_place(before.get(key), now.get(key)):
+                print(
+                    f"{self.out.name}: {key} was {before.get(key)!r}, now {now.get(key)!r}",
+                    file=sys.stderr,
+                )
         if changed:
             raise RunError(
                 f"{self.out} holds a run with other settings ({'; '.join(changed)}). "

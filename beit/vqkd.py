@@ -48,7 +48,7 @@ class VQKDConfig:
 
 
 class EmbeddingEMA(nn.Module):
-    """The codebook, unit vectors, with the statistics of the moving average that makes it."""
+    """The codebook, unit vectors; nothing reads `cluster_size` and `embed_avg` of the published file."""
 
     initted: Tensor
 

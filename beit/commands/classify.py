@@ -20,7 +20,7 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
 from beit.atomic import check_place, replacing
-from beit.data import ImageSource, TooManyBadImages, find_pictures
+from beit.data import ImageSource, SomeSkipped, TooManyBadImages, find_pictures
 from beit.embeddings import model_sha256
 from beit.engine import Engine, Entry, Picture, Precision, Prediction, Runtime
 from beit.hub import resolve
@@ -62,12 +62,6 @@ class Classify:
     device: str = "auto"
     verbose: bool = False
     """Say which runtime computes, and why."""
-
-
-class SomeSkipped(Exception):
-    """Done, but some pictures could not be read; they are named in the output."""
-
-    exit_code = 3
 
 
 def classify(settings: Classify) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from beit.data import ImageSource, TooManyBadImages, find_pictures
+from beit.data import ImageSource, SomeSkipped, TooManyBadImages, find_pictures
 from beit.embeddings import (
     BAD_IMAGES,
     DTYPES,
@@ -98,12 +98,6 @@ class Embed:
     device: str = "auto"
     verbose: bool = False
     """Say which runtime computes, and why."""
-
-
-class SomeLeftOut(Exception):
-    """Done, but some pictures could not be read; they are listed."""
-
-    exit_code = 3
 
 
 def embed(settings: Embed) -> int:
@@ -387,7 +381,7 @@ def finish(settings: Embed, part: int, parts: int) -> int:
     # torchrun ends all processes when one ends with a code, so there only the last ones tell.
     if bad and (whole or "TORCHELASTIC_RUN_ID" not in os.environ):
         total = folder.manifest.pictures
-        raise SomeLeftOut(
+        raise SomeSkipped(
             f"{bad:,} of {total:,} pictures could not be read; see {settings.out / BAD_IMAGES}"
         )
     return rows

@@ -61,9 +61,9 @@ class Pretrain:
     """LayerScale at the start; the model's own where not given."""
     drop_path: float = 0.1
     """Stochastic depth of the last block."""
-    num_mask_patches: int | None = None
+    num_mask_patches: PositiveInt | None = None
     """Patches to hide; the paper's share (75 of 196) where not given."""
-    min_block: int | None = None
+    min_block: PositiveInt | None = None
     """Smallest block in patches; the paper's share (16 of 196) where not given."""
     masks: Literal["blocks", "random"] = "blocks"
     """Hide blocks of patches, or single ones anywhere (the paper's ablation)."""

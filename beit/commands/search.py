@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from beit import faiss_index
 from beit.atomic import CannotWrite, check_place, replacing
-from beit.data import ImageSource, find_pictures, open_source
+from beit.data import ImageSource, SomeSkipped, find_pictures, open_source
 from beit.embeddings import Embeddings, EmbeddingsError, Manifest, model_sha256
 from beit.engine import Embedding, Engine, Entry, Picture
 from beit.hub import resolve
@@ -51,12 +51,6 @@ class Search:
     threads: PositiveInt | None = None
     """Of the model; the runtime's choice if not given."""
     device: str = "auto"
-
-
-class SomeSkipped(Exception):
-    """Done, but some pictures could not be read; they are named in the output."""
-
-    exit_code = 3
 
 
 @dataclass(frozen=True)

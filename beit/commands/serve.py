@@ -149,7 +149,7 @@ def make_app(engine: Engine, settings: Serve, key: str = "") -> FastAPI:
             raise Refused(403, f"pages of {origin} may not ask here")
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if key and not (
-            scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), key.encode())
+            scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), key.encode())
         ):
             raise Refused(401, "send the key as 'Authorization: Bearer KEY'")
 

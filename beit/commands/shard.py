@@ -30,7 +30,7 @@ from cyclopts.validators import Number
 from PIL import Image
 
 from beit.atomic import CannotWrite, flush, write_atomically
-from beit.data import MANIFEST, Bad, BadImages, ImageSource, has_split, open_source
+from beit.data import MANIFEST, Bad, BadImages, ImageSource, SomeSkipped, has_split, open_source
 from beit.image import BadImage, open_image
 from beit.run import Progress
 from beit.workers import load_in_processes, now_doing
@@ -56,12 +56,6 @@ class Shard:
     """Share of the pictures that may be unreadable; more stops it with exit code 4."""
     workers: NonNegativeInt = os.cpu_count() or 1
     """Processes that write, each a shard at a time."""
-
-
-class SomeLeftOut(Exception):
-    """Done, but some pictures could not be read; they are listed."""
-
-    exit_code = 3
 
 
 def shard(settings: Shard) -> dict[str, int]:
@@ -103,7 +97,7 @@ def shard(settings: Shard) -> dict[str, int]:
         file=sys.stderr,
     )
     if bad_images.found:
-        raise SomeLeftOut(f"{len(bad_images)} of {total:,} pictures are left out; see {bad_images.file}")
+        raise SomeSkipped(f"{len(bad_images)} of {total:,} pictures are left out; see {bad_images.file}")
     return number
 
 

@@ -20,7 +20,8 @@ import torch
 from conftest import ENVIRONMENT, ROOT, Cli, command_line, draw_shape, write_shapes
 
 from beit.checkpoints import save
-from beit.commands.embed import Embed, SomeLeftOut, embed, which_part
+from beit.commands.embed import Embed, embed, which_part
+from beit.data import SomeSkipped
 from beit.embeddings import Embeddings, unit
 from beit.engine import Engine
 from beit.model import BeitConfig, BeitForImageClassification
@@ -264,7 +265,7 @@ def test_under_torchrun_only_the_last_process_tells_of_bad_pictures(
         monkeypatch.setenv(name, value)
     assert embed(settings) == 14  # shards 0, 2 and 4, with a bad picture
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SomeLeftOut, match="2 of 27 pictures could not be read"):
+    with pytest.raises(SomeSkipped, match="2 of 27 pictures could not be read"):
         embed(settings)
 
 

@@ -110,6 +110,24 @@ def test_a_look_that_fails_later_ends_no_training(
         run(tmp_path / "first", "pretrain", shapes / "train", **options)
 
 
+def test_pictures_and_tokenizer_may_move_and_others_are_refused(
+    shapes: Path, tmp_path: Path, pretrained: Done, tokenizer: Done, broken_run: Broken
+) -> None:
+    for place, name in ((shapes / "train", "pictures"), (tokenizer.folder, "tokens")):
+        shutil.copytree(place, tmp_path / name)
+    options = {**PRETRAIN, "tokenizer": tmp_path / "tokens", "steps": 3}
+    first = run(tmp_path / "run", "pretrain", tmp_path / "pictures", **options)
+    for name in ("pictures", "tokens"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    options["tokenizer"] = tmp_path / "moved-tokens"
+    again = run(tmp_path / "run", "pretrain", tmp_path / "moved-pictures", **options)
+    assert f"run: data was '{tmp_path}/pictures', now '{tmp_path}/moved-pictures'" in again.said
+    same_weights(again, first)
+    next((tmp_path / "moved-pictures").rglob("*.png")).unlink()
+    with pytest.raises(ValueError, match="data_hash was"):
+        run(tmp_path / "run", "pretrain", tmp_path / "moved-pictures", **options)
+
+
 def test_a_trained_model_brings_its_own_layer_scale(
     cli: Cli, shapes: Path, tmp_path: Path, pretrained: Done, tokenizer: Done
 ) -> None:
