@@ -202,11 +202,13 @@ class LastingStream:
         self.stream = stream
 
     def write(self, text: str) -> int:
+        """Write, if that can be."""
         with suppress(OSError):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
+        """Flush, if that can be."""
         with suppress(OSError):
             self.stream.flush()
 
