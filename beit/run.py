@@ -144,20 +144,26 @@ class _Lock:
 
     def __init__(self, folder: Path) -> None:
         self.handle = os.open(folder, os.O_RDONLY)
+        if self._is_taken():
+            print(f"{folder}: another process is at work there; waiting for its end", file=sys.stderr)
+        until = time.monotonic() + WAIT_FOR_FOLDER_S  # a job that was requeued meets the one before
+        while self._is_taken():
+            if time.monotonic() >= until:
+                raise RunError(
+                    f"another process is at work in {folder}; wait for its end, or choose another --out"
+                )
+            time.sleep(0.5)
+
+    def _is_taken(self) -> bool:
         import fcntl  # Unix's alone
 
-        until = time.monotonic() + WAIT_FOR_FOLDER_S
-        while True:
-            try:
-                return fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    raise RunError(
-                        f"another process is at work in {folder}; wait for its end, or choose another --out"
-                    ) from None
-                time.sleep(0.5)  # it may be about to end: a job that was requeued meets the one before
-            except OSError:
-                return None  # a file system without locks
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass  # a file system without locks
+        return False
 
     def __del__(self) -> None:
         os.close(self.handle)
