@@ -31,11 +31,25 @@ def not_there(place: str | Path) -> str:
 
 
 def check_place(file: Path | None) -> None:
-    """Raise CannotWrite for a file in a folder that does not exist, before any work is done for it."""
-    if file is not None and not file.parent.is_dir():
+    """Raise CannotWrite for a file that cannot be, before any work is done for it."""
+    if file is None:
+        return
+    if not file.parent.is_dir():
         raise CannotWrite(
             f"cannot write {file}: {file.parent} is not a folder; make it, or name another place"
         )
+    folder = target_of(file).parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CannotWrite(f"cannot write {file}: {folder} may not be written; name another place")
+
+
+def target_of(file: Path) -> Path:
+    """Where a file is to be written: what a link leads to. Raises CannotWrite for a folder or a device."""
+    target = Path(os.path.realpath(file))
+    if target.exists() and not target.is_file():
+        what = "a folder" if target.is_dir() else "a device"
+        raise CannotWrite(f"cannot write {file}: it is {what}; name a file")
+    return target
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -48,13 +62,14 @@ def write_together(folder: Path, contents: dict[str, bytes]) -> None:
 
     What fails before, a full disk above all, leaves every old file as it was and nothing beside them.
     """
-    beside = {name: place_beside(folder / name) for name in contents}
+    targets = {name: target_of(folder / name) for name in contents}
+    beside = {name: place_beside(target) for name, target in targets.items()}
     try:
         for name, content in contents.items():
             beside[name].write_bytes(content)
             flush(beside[name])
         for name in contents:
-            os.replace(beside[name], folder / name)
+            os.replace(beside[name], targets[name])
     finally:
         for left in beside.values():
             left.unlink(missing_ok=True)
@@ -66,11 +81,12 @@ def replacing(file: Path) -> Iterator[Path]:
 
     Raises CannotWrite where the disk is full or may not be written.
     """
-    beside = place_beside(file)
+    target = target_of(file)
+    beside = place_beside(target)
     try:
         yield beside
         flush(beside)
-        os.replace(beside, file)
+        os.replace(beside, target)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise

@@ -187,7 +187,8 @@ def run() -> None:
         code = exit_code(error)
         if code == 1 and not hasattr(error, "exit_code"):
             raise
-        print(f"beit: {error}", file=sys.stderr)
+        with suppress(OSError):  # nobody reads it; the code is told all the same
+            print(f"beit: {error}", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:  # it was what failed

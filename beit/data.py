@@ -361,8 +361,8 @@ class BadImages:
     def _examples(self, bad: Sequence[Bad]) -> str:
         some = [f"{b.path} ({b.reason})" for b in bad]
         return (
-            f"{_some(some, 3)}; all are listed in {self.file}. Mend them and take "
-            "them out of that list, or raise --max-bad-images; then the same command goes on"
+            f"{_some(some, 3)}; all are listed in {self.file}. Raise --max-bad-images "
+            "and the same command goes on, or mend them and begin in another --out"
         )
 
     def __str__(self) -> str:

@@ -76,10 +76,11 @@ class Labelled(NamedTuple):
         if leaks:
             val = set(self.divided.val.tolist())
             copies_in_val = sum(number in val for group in leaks for number in group)
-            one, other = (next(n for n in leaks[0] if (n in val) == side) for side in (False, True))
+            first = [next(n for n in leaks[0] if (n in val) == side) for side in (False, True)]
+            one, other = (source.name(place) for source, place in map(self._picture, first))
             said.append(
                 f"{copies_in_val} validation pictures are among the training pictures too, which makes "
-                f"numbers too good: {self._name(other)} is {self._name(one)}"
+                f"numbers too good: {other} is {one}"
             )
         return said
 
@@ -94,11 +95,11 @@ class Labelled(NamedTuple):
                 found += [(name, count, close[0])] if close else []
         return found
 
-    def _name(self, number: int) -> str:
-        """The name of a picture by its number in `divided`."""
+    def _picture(self, number: int) -> tuple[ImageSource, int]:
+        """The source and the place there of a picture by its number in `divided`."""
         for source in self.everything:
             if number < len(source):
-                return source.name(number)
+                return source, number
             number -= len(source)
         raise IndexError(number)
 
@@ -107,18 +108,11 @@ class Labelled(NamedTuple):
 
         Those in both parts of a given split come first, then those with two labels.
         """
-        ends = np.cumsum([len(source) for source in self.everything])
         exact = {number for group in self.divided.exact for number in group}
         across = set(map(tuple, self.divided.across(self.divided.near)))
         found = []
         for group in self.divided.near:
-            sides = np.searchsorted(ends, group, side="right").tolist()
-            places = [
-                number - (ends[side - 1] if side else 0)
-                for number, side in zip(group, sides, strict=True)
-            ]
-            sources = [self.everything[side] for side in sides]
-            named = list(zip(sources, places, strict=True))
+            named = [self._picture(number) for number in group]
             labels = {source.classes[source.labels[place]] for source, place in named}
             notes = ["equal pixels" if exact.issuperset(group) else "nearly equal"]
             if len(labels) > 1 and not self.several:

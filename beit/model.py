@@ -80,6 +80,8 @@ class BeitConfig:
                 )
         if self.depth < 1 or self.patch_size < 1:
             raise ValueError(f"depth {self.depth} and patch_size {self.patch_size} must be 1 or more")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path {self.drop_path_rate} is not from 0 to below 1; 0.1 is usual")
         if not 0 <= self.early_layer <= self.depth:
             raise ValueError(f"early_layer {self.early_layer} is not a block of depth {self.depth}")
         check_size(self.image_height_width, self.patch_size)

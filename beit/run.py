@@ -60,6 +60,8 @@ else:
 
 T = TypeVar("T")
 WAIT_FOR_FOLDER_S = 60.0  # until another process leaves it
+# What a checkpoint gives whose bytes are not those that were written; of other errors a disk may recover.
+PROVEN_WRONG = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 SAVE_AFTER_S = 900.0  # a kill or a power cut costs no more, however long a step takes
 
 # Settings of how a run is carried out, which change what it computes by rounding at most: they may
@@ -142,6 +144,8 @@ class Training:
 class _Lock:
     """A folder held by this process, however that ends, so that no other trains in it."""
 
+    handle = -1
+
     def __init__(self, folder: Path) -> None:
         self.handle = os.open(folder, os.O_RDONLY)
         if self._is_taken():
@@ -166,7 +170,8 @@ class _Lock:
         return False
 
     def __del__(self) -> None:
-        os.close(self.handle)
+        if self.handle >= 0:
+            os.close(self.handle)
 
 
 _held: WeakValueDictionary[str, _Lock] = WeakValueDictionary()  # one a folder, for all Runs on it
@@ -397,12 +402,7 @@ class Run:
             try:
                 verify_snapshot(folder)
                 return folder
-            except (
-                ValueError,
-                FileNotFoundError,
-                NotADirectoryError,
-                IsADirectoryError,
-            ) as error:  # others may pass
+            except PROVEN_WRONG as error:
                 print(f"checkpoint {folder} cannot be read ({error}); trying older", file=sys.stderr)
                 aside = folder.with_name(f"unreadable-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -490,8 +490,13 @@ class Run:
             with stop_signals(rescue) as stop, progress, frame:
                 while training.step < total:
                     step = training.step
-                    with self._pace.waiting(), self._saving_first(training, keep_last, keep_every):
-                        batch = next(ahead)
+                    try:
+                        with self._pace.waiting():
+                            batch = next(ahead)
+                    except Exception:  # of the pictures, or of who reads them
+                        with frame.lock:
+                            self._save_here(training, keep_last, keep_every)
+                        raise
                     torch.manual_seed(step_seed(seed, step + training.jumped, distributed.rank()))
                     yield step, batch
                     training.step = step + 1
@@ -514,24 +519,24 @@ class Run:
                         saved = time.monotonic()
                     if stopping:
                         raise Stopped(stop.exit_code or 143, stopped_at(training.step, total))
+            if training.skipped >= total > 0:
+                raise NotFinite(
+                    f"{self.out}: none of {total} updates was finite, so nothing was learned. Begin again "
+                    "in another --out with a lower --lr, a --clip-grad-norm, or --precision fp32"
+                )
             if stop:  # it came while the last step was saved
                 raise Stopped(stop.exit_code, stopped_at(training.step, total))
         finally:
             close(ahead)
 
-    @contextmanager
-    def _saving_first(self, training: Training, keep_last: int, keep_every: int) -> Iterator[None]:
-        """Save what is trained before an error of the pictures, or of who reads them, ends the run."""
-        try:
-            yield
-        except Exception:
-            saved = any(step_of(folder) == training.step for folder in snapshots(self.checkpoints))
-            alone = distributed.is_main() and not training.is_sharded
-            if alone and training.step and not saved and training.is_finite_here():
-                with suppress(CannotWrite):
-                    self._write(training, training.tensors(), keep_last, keep_every)
-                    distributed.say(f"{self.out.name}: step {training.step} is saved")
-            raise
+    def _save_here(self, training: Training, keep_last: int, keep_every: int) -> None:
+        """Save between steps, by the main process alone, if that can be; it is about to end."""
+        saved = any(step_of(folder) == training.step for folder in snapshots(self.checkpoints))
+        alone = distributed.is_main() and not training.is_sharded
+        if alone and training.step and not saved and training.is_finite_here():
+            with suppress(CannotWrite):
+                self._write(training, training.tensors(), keep_last, keep_every)
+                distributed.say(f"{self.out.name}: step {training.step} is saved")
 
     def _roll_back(self, training: Training, tried: list[int]) -> None:
         """Load the last checkpoint, and note it in `tried`; from the second time on with other batches."""

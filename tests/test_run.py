@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import beit.atomic
 import beit.run
-from beit.atomic import CannotWrite, write_atomically
+from beit.atomic import CannotWrite, check_place, replacing, write_atomically
 from beit.optim import EMA, adamw, update
 from beit.run import (
     FREE_SETTINGS,
@@ -649,10 +649,11 @@ def test_a_batch_of_any_kind_is_captured_by_name(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", Settings())
     views = [np.arange(6, dtype=np.uint8).reshape(2, 3), np.ones((1, 1), np.uint8)]
     batch = Batch(views, ("a", "é"), {"left": torch.tensor([True])})
-    for _ in run.steps(model, optimizer, 1, lambda steps: [batch], 10, seed=0):
-        loss = model(torch.ones(1, 2)).sum() * math.nan
-        loss.backward()
-        update(optimizer, loss)
+    with pytest.raises(NotFinite, match="none of 1 updates was finite, so nothing was learned"):
+        for _ in run.steps(model, optimizer, 1, lambda steps: [batch], 10, seed=0):
+            loss = model(torch.ones(1, 2)).sum() * math.nan
+            loss.backward()
+            update(optimizer, loss)
     folder = run.out / "nonfinite" / "step-00000000"
     tensors = load_file(folder / "batch-0.safetensors")
     assert tensors.keys() == {"views.0", "views.1", "mask.left"}
@@ -1116,6 +1117,27 @@ def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path: Path) 
         write_atomically(file, content)
         assert file.read_bytes() == content
         assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_link_is_written_through_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "real.json").write_bytes(b"old")
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "store" / "real.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    check_place(link)
+    write_atomically(link, b"new")
+    with replacing(link) as beside:
+        assert beside.parent == tmp_path / "store"
+        beside.write_bytes(b"newer")
+    assert link.is_symlink()
+    assert [p.read_bytes() for p in (tmp_path / "store").iterdir()] == [b"newer"]
+    for wrong, what in ((tmp_path / "pipe.json", "a device"), (tmp_path / "store", "a folder")):
+        with pytest.raises(CannotWrite, match=f"it is {what}; name a file"):
+            check_place(wrong)
+        with pytest.raises(CannotWrite, match=f"it is {what}; name a file"):
+            write_atomically(wrong, b"new")
+    assert (tmp_path / "pipe.json").is_fifo()
 
 
 @pytest.mark.parametrize("where", ["replace", "fsync"])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 ROWS = 4096  # of a Parquet file, written at once
-NAMES: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # of pictures, whatever bytes they are
+ENCODING: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # of names, whatever bytes they are
 
 
 @Parameter(name="*")
@@ -155,7 +155,7 @@ def kept_answers(
     kept = rows_kept(out, about)
     if kept:
         print(f"going on after {kept} answers in {so_far(out)}", file=sys.stderr)
-    with so_far(out).open("r+", **NAMES) as stream:
+    with so_far(out).open("r+", **ENCODING) as stream:
         stream.readline()
         for _ in range(kept):
             row = json.loads(stream.readline())
@@ -277,7 +277,7 @@ def write_table(answers: Iterator[Prediction]) -> tuple[int, int]:
 @contextmanager
 def csv_writer(file: Path, width: int) -> Iterator[Write]:
     """path, label, score, error, then label_2, score_2 ... to `width`; in the order of the pictures."""
-    with replacing(file) as beside, beside.open("w", newline="", **NAMES) as stream:
+    with replacing(file) as beside, beside.open("w", newline="", **ENCODING) as stream:
         writer = csv.writer(stream)
         others = [f"{word}_{place}" for place in range(2, width + 1) for word in ("label", "score")]
         writer.writerow(["path", "label", "score", "error", *others])
@@ -292,7 +292,7 @@ def csv_writer(file: Path, width: int) -> Iterator[Write]:
 @contextmanager
 def jsonl_writer(file: Path, width: int) -> Iterator[Write]:
     """What --json prints."""
-    with replacing(file) as beside, beside.open("w", **NAMES) as stream:
+    with replacing(file) as beside, beside.open("w", **ENCODING) as stream:
         yield lambda answer: print_json(answer, stream)
 
 
@@ -321,7 +321,8 @@ def parquet_writer(file: Path, width: int) -> Iterator[Write]:
 
         def write(answer: Prediction) -> None:
             names, scores = [name for name, _ in answer.top], [score for _, score in answer.top]
-            row = {"path": answer.path, "label": answer.label, "score": answer.score}
+            path = answer.path.encode(errors="replace").decode()  # Parquet's texts are UTF-8
+            row = {"path": path, "label": answer.label, "score": answer.score}
             rows.append({**row, "error": answer.error, "top_labels": names, "top_scores": scores})
             if len(rows) >= ROWS:
                 flush()

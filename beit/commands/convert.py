@@ -102,7 +102,11 @@ def _check_place(settings: Convert) -> None:
         raise ValueError(f"unilm's format is one file: name it .pth, not {out.name}")
     if settings.to != "unilm" and out.suffix in (".pth", ".pt", ".safetensors"):
         raise ValueError(f"{settings.to}'s format is a folder, and {out.name} looks like a file")
-    if out.exists() and not settings.overwrite and (out.is_file() or any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if out.is_dir() and not all((out / name).is_file() for name in ("config.json", "model.safetensors")):
+        raise CannotWrite(f"{out} is not empty and holds no model; choose another place")
+    if not settings.overwrite:
         raise CannotWrite(f"{out} is there already; --overwrite replaces it, or choose another place")
 
 

@@ -24,6 +24,7 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from beit.atomic import check_place, not_there, write_atomically
 from beit.classifier_report import Answers, about, how_good, same_pictures
@@ -138,6 +139,12 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     if settings.real_labels is not None:
         accepted = real_labels(settings.real_labels, side.source, len(classes))
         result["real_top1"] = real_accuracy(logits.argmax(axis=1), accepted)
+    if settings.json:
+        print(json.dumps(result))
+    elif answers.several:
+        show_several(result, settings, answers)
+    else:
+        show(result, settings, confusion_of(answers), answers.classes)
     if settings.out is not None:
         document = {
             "beit": version("beit"),
@@ -150,12 +157,6 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     if settings.report is not None:
         notes = f"{warning}. " * bool(warning) + f"Prepared as {result['preset']}."
         write_page(settings.report, settings, answers, notes)
-    if settings.json:
-        print(json.dumps(result))
-    elif answers.several:
-        show_several(result, settings, answers)
-    else:
-        show(result, settings, confusion_of(answers), answers.classes)
     if len(bad) > allowed:
         raise TooManyBadImages(f"{told}, where {allowed} may; mend them, or raise --max-bad-images")
     if bad:
@@ -389,7 +390,7 @@ def words(spec: ImageSpec) -> str:
 
 def show_several(result: dict[str, Any], settings: Evaluate, answers: Answers) -> None:
     """The same of several labels a picture."""
-    table = Table(title=f"{settings.model} on {settings.data}")
+    table = Table(title=Text(f"{settings.model} on {settings.data}"))
     table.add_column("class", no_wrap=True, overflow="ellipsis")
     table.add_column("pictures", justify="right")
     table.add_column("average precision", justify="right")
@@ -399,7 +400,7 @@ def show_several(result: dict[str, Any], settings: Evaluate, answers: Answers) -
         table.caption = f"the 20 worst of {len(shown)} classes; -o FILE has all"
         shown = dict(sorted(shown.items(), key=lambda row: row[1])[:20])
     for name, value in shown.items():
-        table.add_row(name, str(counts[name]), f"{value:.1%}")
+        table.add_row(Text(name), str(counts[name]), f"{value:.1%}")
     console = Console(highlight=False)
     console.print(table)
     console.print(
@@ -420,7 +421,7 @@ def show(
     result: dict[str, Any], settings: Evaluate, confusion: np.ndarray, classes: Sequence[str]
 ) -> None:
     """The results as a table and some lines, for people."""
-    table = Table(title=f"{settings.model} on {settings.data}")
+    table = Table(title=Text(f"{settings.model} on {settings.data}"))
     table.add_column("class", no_wrap=True, overflow="ellipsis")
     table.add_column("pictures", justify="right")
     table.add_column("right", justify="right")
@@ -434,7 +435,8 @@ def show(
     for i in shown:
         worst = int(wrong[i].argmax())
         taken = f"{classes[worst]} ({wrong[i, worst]})" if wrong[i, worst] else ""
-        table.add_row(classes[i], str(counts[i]), f"{confusion[i, i] / counts[i]:.1%}", taken)
+        right = f"{confusion[i, i] / counts[i]:.1%}"
+        table.add_row(Text(classes[i]), str(counts[i]), right, Text(taken))
     console = Console(highlight=False)
     console.print(table)
     for name in ("top1", "top5"):

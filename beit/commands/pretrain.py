@@ -339,9 +339,8 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         guessed += "; about 5 % is normal for 8192 tokens"
     if pixels:
         guessed = "1 or less is guessing each patch's mean"
-    distributed.say(
-        f"{run.out}: {total} steps, loss {last['loss']:.3f}, {guessed}; see {run.out / 'report.html'}"
-    )
+    loss_then = f"loss {last.get('loss', math.nan):.3f}"  # of the last step, which may be one left out
+    distributed.say(f"{run.out}: {total} steps, {loss_then}, {guessed}; see {run.out / 'report.html'}")
     return last
 
 

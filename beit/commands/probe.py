@@ -142,13 +142,13 @@ def probe(settings: Probe) -> dict[str, Any]:
         result["untrained_accuracy"] = score["accuracy"]
     result["bad_images"] = listed - len(train) - len(test)
     result["duplicates"] = in_both(train, test, hashes)
-    if settings.out is not None:
-        document = {"settings": {k: v for k, v in asdict(settings).items() if k != "_"}, **result}
-        write_atomically(settings.out, json.dumps(document, default=str, indent=1).encode() + b"\n")
     if settings.json:
         print(json.dumps(result))
     else:
         show(result, settings, model.config.depth, paper, len(test))
+    if settings.out is not None:
+        document = {"settings": {k: v for k, v in asdict(settings).items() if k != "_"}, **result}
+        write_atomically(settings.out, json.dumps(document, default=str, indent=1).encode() + b"\n")
     if result["bad_images"]:
         raise SomeSkipped(
             f"{result['bad_images']} of {listed} pictures could not be read; they are left out"
@@ -161,6 +161,10 @@ def sides(settings: Probe) -> tuple[ImageSource, ImageSource]:
     data, split = settings.data, settings.split
     train = open_source(data, "train", labelled=True)
     check_one_label(train, data)
+    if len(np.unique(train.labels)) < 2:
+        raise ValueError(
+            f"{data} has one class; a probe tells two or more apart, each in a folder of its name"
+        )
     if has_split(data, "train") and has_split(data, split) and split != "train":
         test = open_source(data, split, labelled=True).with_classes(train.classes)
         return train, test

@@ -390,7 +390,7 @@ def test_a_stopped_run_goes_on_and_its_file_is_that_of_an_unbroken_one(
     assert {path.name for path in tmp_path.iterdir()} == {unbroken.name, out.name}
 
 
-@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
 def test_names_that_are_no_utf8_are_kept_as_they_are(
     cli: Cli, finetuned: Done, photos: Path, tmp_path: Path, ending: str
 ) -> None:
@@ -401,7 +401,11 @@ def test_names_that_are_no_utf8_are_kept_as_they_are(
         file.write((photos / "1.png").read_bytes())
     out = tmp_path / f"out{ending}"
     assert cli("classify", folder, model=finetuned.folder, out=out)[0] == 0
-    assert name in out.read_bytes()
+    if ending == ".parquet":  # whose texts must be UTF-8
+        pa = pytest.importorskip("pyarrow.parquet")
+        assert pa.read_table(out)["path"].to_pylist() == [f"{folder}/caf?.png"]
+    else:
+        assert name in out.read_bytes()
 
 
 def test_a_killed_run_goes_on_past_a_torn_line(

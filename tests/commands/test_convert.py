@@ -110,11 +110,18 @@ def test_a_pretrained_model_leaves_its_head_to_go_to_timm(cli: Cli, tmp_path: Pa
 def test_nothing_is_written_over_unless_asked(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "letter.txt").write_text("dear")
-    code, _, err = cli("convert", FILE, tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text("{}")
+    for options in ({}, {"overwrite": True}):
+        code, _, err = cli("convert", FILE, tmp_path / "a", **options)
+        assert (code, "is not empty and holds no model" in err) == (6, True)
+    assert (tmp_path / "a" / "config.json").read_text() == "{}"
+    assert cli("convert", FILE, tmp_path / "b")[0] == 0
+    (tmp_path / "a" / "letter.txt").rename(tmp_path / "b" / "letter.txt")
+    code, _, err = cli("convert", FILE, tmp_path / "b")
     assert code == 6
     assert "is there already; --overwrite replaces it" in err
-    assert cli("convert", FILE, tmp_path / "a", overwrite=True)[0] == 0
-    assert (tmp_path / "a" / "letter.txt").read_text() == "dear"
+    assert cli("convert", FILE, tmp_path / "b", overwrite=True)[0] == 0
+    assert (tmp_path / "b" / "letter.txt").read_text() == "dear"
 
 
 def test_a_folder_can_be_converted_in_its_place(cli: Cli, tmp_path: Path) -> None:

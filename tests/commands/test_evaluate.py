@@ -14,6 +14,7 @@ import torch
 from conftest import Cli, write_shapes
 from PIL import Image
 
+import beit.commands.evaluate
 from beit.checkpoints import load, save
 from beit.commands.evaluate import Evaluate, evaluate, preset_spec
 from beit.data import open_source
@@ -85,6 +86,39 @@ def test_the_table_names_classes_counts_and_mistakes(cli: Cli, finetuned: Done, 
     assert "square" in rows["disc"]  # what the misplaced squares are taken for
     assert f"top-1 {top1:.2%}" in out
     assert "of 18 pictures" in out
+
+
+def test_brackets_in_the_name_of_a_class_are_shown(
+    cli: Cli, finetuned: Done, shapes: Path, tmp_path: Path
+) -> None:
+    model = load(finetuned.folder)
+    model.id2label = {0: "disc", 1: "squ[i]re [/b]", 2: "triangle"}
+    save(model, tmp_path / "m")
+    shutil.copytree(shapes / "val", tmp_path / "data")
+    (tmp_path / "data" / "square").rename(tmp_path / "data" / "squ[i]re [")
+    rows = ["path,label"]
+    for number, name in enumerate(("disc", "squ[i]re [", "triangle")):
+        rows += [f"{file},{model.id2label[number]}" for file in (tmp_path / "data" / name).iterdir()]
+    (tmp_path / "list.csv").write_text("\n".join(rows) + "\n")
+    code, out, _ = cli("evaluate", tmp_path / "list.csv", model=tmp_path / "m")
+    assert code == 0
+    assert "squ[i]re [/b]" in out
+
+
+def test_numbers_are_shown_before_a_file_is_written(
+    cli: Cli, finetuned: Done, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = cli("evaluate", shapes, model=finetuned.folder, out=tmp_path)
+    assert (code, out) == (6, "")
+    assert f"cannot write {tmp_path}: it is a folder; name a file" in err
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(beit.commands.evaluate, "write_atomically", full)
+    code, out, _ = cli("evaluate", shapes, model=finetuned.folder, out=tmp_path / "e.json")
+    assert code == 6
+    assert "top-1" in out
 
 
 def test_the_preparation_is_named_as_it_was(cli: Cli, finetuned: Done, shapes: Path) -> None:

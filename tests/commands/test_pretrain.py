@@ -128,6 +128,20 @@ def test_pictures_and_tokenizer_may_move_and_others_are_refused(
         run(tmp_path / "run", "pretrain", tmp_path / "moved-pictures", **options)
 
 
+def test_a_run_without_a_finite_update_leaves_no_model(
+    cli: Cli, shapes: Path, tmp_path: Path, tokenizer: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = beit.commands.pretrain.masked_loss
+    monkeypatch.setattr(beit.commands.pretrain, "masked_loss", lambda *given: loss(*given) * math.nan)
+    options = {**PRETRAIN, "tokenizer": tokenizer.folder, "steps": 2}
+    code, _, err = cli("pretrain", shapes / "train", out=tmp_path / "run", **options)
+    assert code == 1
+    assert "none of 2 updates was finite, so nothing was learned" in err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    code, _, err = cli("pretrain", shapes / "train", out=tmp_path / "b", **{**options, "drop_path": 1.0})
+    assert (code, "drop_path 1.0 is not from 0 to below 1" in err) == (2, True)
+
+
 def test_a_trained_model_brings_its_own_layer_scale(
     cli: Cli, shapes: Path, tmp_path: Path, pretrained: Done, tokenizer: Done
 ) -> None:

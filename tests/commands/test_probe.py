@@ -253,6 +253,13 @@ def test_scoring_on_the_pictures_it_was_fitted_on_is_refused(
         assert "to score on others" in err
 
 
+def test_one_class_is_refused(cli: Cli, shapes: Path, tmp_path: Path, pretrained: Done) -> None:
+    shutil.copytree(shapes / "train" / "disc", tmp_path / "one" / "disc")
+    code, out, err = cli("probe", tmp_path / "one", model=pretrained.folder)
+    assert (code, out) == (2, "")
+    assert "has one class; a probe tells two or more apart" in err
+
+
 def test_a_folder_without_val_gives_a_fifth_of_it_copies_on_one_side(
     cli: Cli, shapes: Path, tmp_path: Path, pretrained: Done
 ) -> None:

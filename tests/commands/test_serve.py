@@ -196,6 +196,11 @@ def test_whoever_comes_when_all_places_are_taken_is_told_at_once(
 
 def test_a_key_is_asked_for_where_one_is_set(finetuned: Done, files: list[Path]) -> None:
     words = ("--model", finetuned.folder, "--host", "0.0.0.0")
+    with serving(*words, BEIT_API_KEY="schlüssel") as server:
+        key = "Bearer schlüssel".encode().decode("latin-1")  # as it goes over the wire
+        assert (
+            server.ask("POST", "/v1/classify", files[0].read_bytes(), {"Authorization": key})[0] == 200
+        )
     with serving(*words, BEIT_API_KEY="a long random text") as server:
         picture = files[0].read_bytes()
         for wrong in ({}, {"Authorization": "Bearer a"}, {"Authorization": "a long random text"}):
