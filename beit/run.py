@@ -78,7 +78,7 @@ class RunError(ValueError):
 
 
 class NotFinite(Exception):
-    """Training that does not stay finite, though it was rolled back."""
+    """Training that does not stay finite, though it was rolled back, or never was."""
 
     exit_code = 1
 

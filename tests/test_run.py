@@ -649,11 +649,15 @@ def test_a_batch_of_any_kind_is_captured_by_name(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", Settings())
     views = [np.arange(6, dtype=np.uint8).reshape(2, 3), np.ones((1, 1), np.uint8)]
     batch = Batch(views, ("a", "é"), {"left": torch.tensor([True])})
-    with pytest.raises(NotFinite, match="none of 1 updates was finite, so nothing was learned"):
+
+    def go() -> None:
         for _ in run.steps(model, optimizer, 1, lambda steps: [batch], 10, seed=0):
             loss = model(torch.ones(1, 2)).sum() * math.nan
             loss.backward()
             update(optimizer, loss)
+
+    with pytest.raises(NotFinite, match="none of 1 updates was finite, so nothing was learned"):
+        go()
     folder = run.out / "nonfinite" / "step-00000000"
     tensors = load_file(folder / "batch-0.safetensors")
     assert tensors.keys() == {"views.0", "views.1", "mask.left"}
