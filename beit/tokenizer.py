@@ -101,6 +101,8 @@ class PixelTargets(nn.Module):
 
 # --- A codebook that is a moving average -----------------------------------------------------------
 
+AT_ONCE = 1 << 13  # rows held against all codes; with 8,192 codes the cosines take 256 MiB
+
 
 def nearest_codes(codes: Tensor, directions: Tensor) -> Tensor:
     """Ids (...) of the nearest codes (V, K) of unit vectors (..., K): the largest cosine.
@@ -109,7 +111,8 @@ def nearest_codes(codes: Tensor, directions: Tensor) -> Tensor:
     tell, and under autocast two thirds of the tokens went to another code.
     """
     with torch.autocast(directions.device.type, enabled=False):
-        return (directions.float() @ codes.T).argmax(dim=-1)
+        parts = directions.float().flatten(0, -2).split(AT_ONCE)
+        return torch.cat([(part @ codes.T).argmax(dim=-1) for part in parts]).view(directions.shape[:-1])
 
 
 @torch.no_grad()
@@ -372,6 +375,7 @@ class DiscreteVAEOutput(NamedTuple):
     loss: Tensor  # scalar: mean squared error of pixels in [0, 1]
     reconstruction: Tensor  # (B, 3, H, W), about [0, 1]
     token_ids: Tensor  # (B, h, w)
+    directions: Tensor  # (B, h, w, K) what took the tokens, for `update_codebook`; gumbel: K = 0
 
     @property
     def error(self) -> Tensor:
@@ -458,36 +462,41 @@ class DiscreteVAE(nn.Module):
         """Pictures (B, 3, H, W) in [0, 1] of token ids (B, h, w)."""
         return self.draw(self.codebook(token_ids).permute(0, 3, 1, 2)).clamp(0, 1)
 
-    def forward(self, images: Tensor) -> DiscreteVAEOutput:
-        """Encode, quantise, decode, compare. images: (B, 3, H, W) in [0, 1]."""
+    def forward(self, images: Tensor, moves_codebook: bool = True) -> DiscreteVAEOutput:
+        """Encode, quantise, decode, compare.
+
+        images: (B, 3, H, W) in [0, 1]. moves_codebook: in training, by this batch. Without it the
+        caller gives `update_codebook` what the parts of a step took, once a step.
+        """
         check_view(images, self.stride)
         z = self.encoder(2 * images - 1)
         quantise = self.quantise_gumbel if self.config.quantizer == "gumbel" else self.quantise_vq
-        codes, token_ids = quantise(z)
+        codes, token_ids, directions = quantise(z)
+        if self.training and moves_codebook:
+            self.update_codebook(directions, token_ids)
         reconstruction = self.draw(codes)
         loss = F.mse_loss(reconstruction.float(), images)
-        return DiscreteVAEOutput(loss, reconstruction, token_ids)
+        return DiscreteVAEOutput(loss, reconstruction, token_ids, directions)
 
     def draw(self, codes: Tensor) -> Tensor:
         """Code vectors (B, K, h, w) -> pixels (B, 3, H, W), not cut to [0, 1]."""
         return (self.decoder(codes) + 1) / 2
 
-    def quantise_gumbel(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """A soft mixture of codes in training, the likeliest code otherwise."""
+    def quantise_gumbel(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A soft mixture of codes in training, the likeliest code otherwise; ids; no directions."""
         token_ids = z.argmax(dim=1)
+        nowhere = z.new_empty(*token_ids.shape, 0)
         if not self.training:
-            return self.codebook(token_ids).permute(0, 3, 1, 2), token_ids
+            return self.codebook(token_ids).permute(0, 3, 1, 2), token_ids, nowhere
         weights = F.gumbel_softmax(z.float(), tau=self.config.temperature, dim=1)  # (B, V, h, w)
-        return torch.einsum("bvhw,vk->bkhw", weights, self.codebook.weight), token_ids
+        return torch.einsum("bvhw,vk->bkhw", weights, self.codebook.weight), token_ids, nowhere
 
-    def quantise_vq(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest codes; their gradient goes straight through to the encoder."""
+    def quantise_vq(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The nearest codes, whose gradient goes straight through to the encoder; ids; directions."""
         directions = self.directions(z)  # (B, h, w, K)
         token_ids = self.nearest(directions)
-        if self.training:
-            self.update_codebook(directions.detach().flatten(0, 2), token_ids.flatten())
         codes = directions + (self.codebook(token_ids) - directions).detach()
-        return codes.permute(0, 3, 1, 2), token_ids
+        return codes.permute(0, 3, 1, 2), token_ids, directions.detach()
 
     def directions(self, z: Tensor) -> Tensor:
         """Encoder outputs (B, K, h, w) as unit vectors (B, h, w, K), float32."""
@@ -500,8 +509,11 @@ class DiscreteVAE(nn.Module):
     def update_codebook(self, directions: Tensor, token_ids: Tensor) -> None:
         """Move used codes towards what they were given; put idle ones where something is.
 
-        directions: (n, K) unit vectors; token_ids: (n,) what they took.
+        directions: (..., K) unit vectors; token_ids: (...) what they took. Gumbel's learns by gradient.
         """
+        if self.config.quantizer == "gumbel":
+            return
+        directions, token_ids = directions.flatten(0, -2), token_ids.flatten()
         codes = self.codebook.weight
         counts = update_codes(codes, directions, token_ids, self.config.codebook_decay)
         revive_codes(codes, self.unused_steps, counts, directions, self.config.revive_after_steps)

@@ -16,6 +16,7 @@ Peng et al.: BEiT v2, arXiv 2208.06366.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -66,6 +67,7 @@ class Quantised(NamedTuple):
 
     codes: Tensor  # (..., K), whose gradient goes straight through to the encoder
     token_ids: Tensor  # (...)
+    directions: Tensor  # (..., K) the unit vectors that took them, for `update`
     commitment: Tensor  # scalar: mean squared error to the code, over all elements
 
 
@@ -84,22 +86,23 @@ class NormEMAVectorQuantizer(nn.Module):
         if self.revive_after_steps:  # a published file has no such buffer
             self.register_buffer("unused_steps", torch.zeros(config.vocab_size, dtype=torch.int64))
 
-    def forward(self, z: Tensor) -> Quantised:
-        """(..., K) -> codes, ids, commitment. The codes are those before the step moves them."""
+    def forward(self, z: Tensor, moves_codebook: bool = True) -> Quantised:
+        """(..., K) -> what became of them, by the codes before the step moves them."""
         directions = F.normalize(z.float(), dim=-1)
-        if self.training and not self.embedding.initted:
-            self.begin(directions.detach().flatten(0, -2))
-        token_ids = nearest_codes(self.embedding.weight, directions)
+        taken = directions.detach()
+        if self.training and moves_codebook and not self.embedding.initted:
+            self.begin(taken)
+        token_ids = nearest_codes(self.embedding.weight, taken)
         codes = self.embedding.weight[token_ids]
-        if self.training:
-            self.update(directions.detach().flatten(0, -2), token_ids.flatten())
+        if self.training and moves_codebook:
+            self.update(taken, token_ids)
         commitment = F.mse_loss(directions, codes)
-        return Quantised(directions + (codes - directions).detach(), token_ids, commitment)
+        return Quantised(directions + (codes - directions).detach(), token_ids, taken, commitment)
 
     @torch.no_grad()
     def begin(self, directions: Tensor) -> None:
-        """Make the codebook by k-means of unit vectors (n, K), by cosine, over all ranks."""
-        codes = self.embedding.weight
+        """Make the codebook by k-means of unit vectors (..., K), by cosine, over all ranks."""
+        directions, codes = directions.flatten(0, -2), self.embedding.weight
         codes.copy_(pick_directions(directions, len(codes)))
         for _ in range(KMEANS_ITERATIONS):
             counts = update_codes(codes, directions, nearest_codes(codes, directions), decay=0)
@@ -108,7 +111,8 @@ class NormEMAVectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, directions: Tensor, token_ids: Tensor) -> None:
-        """Move used codes towards what took them; directions (n, K), token_ids (n,)."""
+        """Move used codes towards what took them; directions (..., K), token_ids (...)."""
+        directions, token_ids = directions.flatten(0, -2), token_ids.flatten()
         codes = self.embedding.weight
         counts = update_codes(codes, directions, token_ids, self.decay)
         self.count(counts)
@@ -127,6 +131,7 @@ class VQKDOutput(NamedTuple):
     loss: Tensor  # scalar: commitment and `error`
     error: Tensor  # scalar: 1 - cosine of what was said to what the teacher says, mean over tokens
     token_ids: Tensor  # (B, h, w)
+    directions: Tensor  # (B, L, K) what took the tokens, for `update_codebook`
 
 
 class VQKD(nn.Module):
@@ -186,17 +191,30 @@ class VQKD(nn.Module):
     def can_draw(self) -> bool:
         return self.mean_patches is not None
 
-    def forward(self, images: Tensor, target: Tensor) -> VQKDOutput:
+    def forward(self, images: Tensor, target: Tensor, moves_codebook: bool = True) -> VQKDOutput:
         """Encode, quantise, decode, compare.
 
         images: (B, 3, H, W) in [0, 1]. target: (B, L, T), the teacher's features of them.
+        moves_codebook: in training, by this batch, and begins it. Without it the caller gives
+        `begin_codebook` all parts of the first step, and `update_codebook` what those of each step took.
         """
         check_view(images, self.stride)
-        codes, token_ids, commitment = self.quantize(self.project(images))
+        codes, token_ids, directions, commitment = self.quantize(self.project(images), moves_codebook)
         grid = self.encoder.grid_of(images)
         said = self.say(codes.unflatten(1, grid))
         error = (1 - F.cosine_similarity(said.float(), target.float(), dim=-1)).mean()
-        return VQKDOutput(commitment + error, error, token_ids.unflatten(1, grid))
+        return VQKDOutput(commitment + error, error, token_ids.unflatten(1, grid), directions)
+
+    @torch.no_grad()
+    def begin_codebook(self, batches: Iterable[Tensor]) -> None:
+        """Unless that was done, make the codebook of pictures, (B, 3, H, W) in [0, 1] at a time."""
+        if not self.quantize.embedding.initted:
+            directions = [F.normalize(self.project(images), dim=-1) for images in batches]
+            self.quantize.begin(torch.cat(directions))
+
+    def update_codebook(self, directions: Tensor, token_ids: Tensor) -> None:
+        """Move used codes towards what took them; directions (..., K), token_ids (...)."""
+        self.quantize.update(directions, token_ids)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -76,6 +76,10 @@ class TrainTokenizer:
     steps: NonNegativeInt = 0
     """Training steps; 0 follows `epochs`."""
     batch_size: PositiveInt = 64
+    """Pictures a step, over all that take part in it."""
+    device_batch_size: NonNegativeInt = 0
+    """At most so many at once, and as often as it takes; 0: all of a step together. The codebook still
+    moves once a step, by all of it."""
     lr: NonNegativeFloat = 1e-3
     """Peak learning rate of AdamW."""
     min_lr: NonNegativeFloat | None = None
@@ -117,7 +121,7 @@ def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
 def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
     """This process's share of it; returns the quality of what came out."""
     source = open_source(settings.data)
-    distributed.accumulation(settings.batch_size, 0)  # refuses what does not divide
+    distributed.accumulation(settings.batch_size, settings.device_batch_size)  # refuses what cannot be
     torch.manual_seed(settings.seed)
     tokenizer, teacher = build(settings, device)
     tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a sixth faster
@@ -177,14 +181,30 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
         lr = cosine_schedule(step, total, warmup, settings.lr, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images = to_unit(pictures, device)
-        with autocast(settings.precision, device):
-            output = network(images) if teacher is None else network(images, teacher(images))
+        at_once = settings.device_batch_size or len(pictures)
+        parts = [pictures[start : start + at_once] for start in range(0, len(pictures), at_once)]
+        if isinstance(tokenizer, VQKD):
+            with autocast(settings.precision, device):
+                tokenizer.begin_codebook(to_unit(part, device) for part in parts)
+        loss, error = torch.zeros(2, device=device)
+        taken = []
+        for number, part in enumerate(parts, 1):
+            images = to_unit(part, device)
+            target = () if teacher is None else (teacher(images),)
+            share = len(part) / len(pictures)
+            with distributed.gradients_sent(network, last=number == len(parts)):
+                with autocast(settings.precision, device):
+                    output = network(images, *target, moves_codebook=False)
+                (share * output.loss).backward()
+            loss += share * output.loss.detach()
+            error += share * output.error.detach()
+            taken.append((output.directions, output.token_ids.flatten(1)))
+        directions, token_ids = map(torch.cat, zip(*taken, strict=True))
+        tokenizer.update_codebook(directions, token_ids)
         if step % settings.log_every == 0:
             seen.clear()
-        seen.add(output.token_ids, output.error)
-        output.loss.backward()
-        update(optimizer, distributed.mean(output.loss))
+        seen.add(token_ids, error)
+        update(optimizer, distributed.mean(loss))
 
         if (step + 1) % settings.log_every == 0 or step + 1 == total:
             use = codebook_use(distributed.total(seen.counts).cpu().numpy())

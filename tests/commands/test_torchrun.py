@@ -126,7 +126,7 @@ def test_two_processes_train_a_tokenizer_together(shapes: Path, tmp_path: Path, 
     two = Done(tmp_path / "two", {}, "")
     one = run(tmp_path / "one", "train-tokenizer", shapes / "train", **options)
     assert [line["step"] for line in two.metrics] == [1, 2, 3, 4]
-    if kind == "vqkd":  # it begins with codes from rank 0's pictures, so with others
+    if kind == "vqkd":  # the patches stand in the order of the ranks, so it begins with others
         assert two.metrics[-1]["live_codes"] > 0.1
         assert two.metrics[-1]["cosine"] == pytest.approx(one.metrics[-1]["cosine"], rel=0.1)
         return

@@ -163,6 +163,30 @@ def test_a_stopped_run_goes_on_to_bit_equal_weights_and_the_same_metrics(
     assert [line["step"] for line in lines[0]] == [4, 8]
 
 
+@pytest.mark.parametrize("options", [{}, VQKD_OPTIONS], ids=["vq", "vqkd"])
+def test_a_step_in_parts_is_the_step_of_all_of_it(
+    shapes: Path, tmp_path: Path, options: Options
+) -> None:
+    # One step from the same weights, the codebook begun (vqkd) and moved by all that the parts took.
+    settings = {**TOKENIZER, **options, "lr": 1e-4, "steps": 1, "log_every": 1}
+    words = ("train-tokenizer", shapes / "train")
+    whole = run(tmp_path / "whole", *words, **settings)
+    parts = run(tmp_path / "parts", *words, **settings, device_batch_size=5)
+    for key in ("live_codes", "perplexity", "psnr_db" if not options else "cosine"):
+        assert parts.metrics[0][key] == pytest.approx(whole.metrics[0][key], rel=1e-4), key
+    (codebook,) = {"codebook.weight", "quantize.embedding.weight"} & whole.weights.keys()
+    torch.testing.assert_close(parts.weights[codebook], whole.weights[codebook], rtol=0, atol=1e-5)
+    # The first step of AdamW is the sign of each gradient.
+    ours, theirs = (
+        parts.weights["encoder." + FIRST[codebook]],
+        whole.weights["encoder." + FIRST[codebook]],
+    )
+    assert (ours - theirs).abs().lt(1e-6).float().mean() > 0.99
+
+
+FIRST = {"codebook.weight": "0.0.weight", "quantize.embedding.weight": "patch_embed.proj.weight"}
+
+
 def test_dead_codes_are_warned_of_below_a_half(shapes: Path, tmp_path: Path, tokenizer: Done) -> None:
     done = run(tmp_path / "many", NAME, shapes / "train", **{**SHORT, "vocab_size": 2048, "steps": 2})
     assert done.result["live_codes"] < 0.5
