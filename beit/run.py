@@ -427,6 +427,7 @@ class Run:
         ema: EMA | None = None,
         keep_last: int = 2,
         keep_every: int = 0,
+        look_every: int = 0,
         max_skipped: int = 10,
         batch_size: int = 0,
         flops_per_image: float = 0.0,
@@ -441,6 +442,8 @@ class Run:
         ema: averaged after each of the optimiser's steps, and saved.
         save_every: steps between checkpoints; a quarter of an hour after the last there is one as well.
         keep_last, keep_every: the newest checkpoints that stay, and those of every so many steps.
+        look_every: steps between looks that may take long. A sharded run saves before each: its parts
+        cannot meet in one.
         max_skipped: updates in a row that `optim.update` may leave out. Then, or where a checkpoint
         would not be finite, the run goes back to the last one; the second time it passes over the batches
         it met there, the third time it raises NotFinite.
@@ -458,6 +461,9 @@ class Run:
         if training.step:
             distributed.say(f"{name}: going on from step {training.step} of {total}")
         frame = _Frame(training, next(model.parameters()).device)
+        saves_at = [save_every, total]
+        if look_every and training.is_sharded:
+            saves_at.append(look_every)
         tried: list[int] = []  # the checkpoints that were gone back to
         self._pace = _Pace(batch_size, flops_per_image, peak_flops * distributed.size(), training)
         progress = Progress(name, total, quiet=not distributed.is_main())
@@ -467,7 +473,9 @@ class Run:
                 if frame.leaving:
                     return None
                 what = f"stopped; step {training.step} of {total} could not be saved"
-                if not distributed.is_main():
+                if self._is_saved(training.step):
+                    what = stopped_at(training.step, total)
+                elif not distributed.is_main():
                     time.sleep(4)  # while the main process saves
                 elif training.is_finite_here() and not training.is_sharded:
                     files = training.tensors()
@@ -501,7 +509,7 @@ class Run:
                     yield step, batch
                     training.step = step + 1
                     progress.update(training.step, self.latest)
-                    saving = training.step % save_every == 0 or training.step == total
+                    saving = any(training.step % steps == 0 for steps in saves_at)
                     long_ago = time.monotonic() - saved > SAVE_AFTER_S
                     stopping, due, bad = frame.agree(bool(stop), long_ago, (step, batch), wait=saving)
                     if bad is not None:
@@ -529,10 +537,13 @@ class Run:
         finally:
             close(ahead)
 
+    def _is_saved(self, step: int) -> bool:
+        return any(step_of(folder) == step for folder in snapshots(self.checkpoints))
+
     def _save_here(self, training: Training, keep_last: int, keep_every: int) -> None:
         """Save between steps, by the main process alone, if that can be; it is about to end."""
-        saved = any(step_of(folder) == training.step for folder in snapshots(self.checkpoints))
         alone = distributed.is_main() and not training.is_sharded
+        saved = self._is_saved(training.step)
         if alone and training.step and not saved and training.is_finite_here():
             with suppress(CannotWrite):
                 self._write(training, training.tensors(), keep_last, keep_every)

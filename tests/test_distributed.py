@@ -75,7 +75,10 @@ class Training:
         run = Run(self.out, Settings())
         parts = distributed.accumulation(BATCH, self.device_batch_size)
         last_rank = distributed.rank() == distributed.size() - 1
-        for step, chosen in run.steps(model, optimizer, STEPS, self.batches, 4, seed=3, ema=self.ema):
+        every = {"save_every": 4, "look_every": 5}
+        for step, chosen in run.steps(
+            model, optimizer, STEPS, self.batches, seed=3, ema=self.ema, **every
+        ):
             if step == self.stop_after and last_rank:
                 signal.raise_signal(signal.SIGTERM)
             if step == self.full_after and last_rank:
@@ -317,12 +320,19 @@ def test_each_process_writes_its_part_of_a_sharded_checkpoint(two: Together) -> 
     assert len(list(folder.iterdir())) == 6 + 2
 
 
+def test_a_sharded_run_saves_before_it_looks(two: Together) -> None:
+    """A stop signal in the look finds nobody who could write the whole."""
+    for name, steps in (("ddp", [4, 6]), ("sharded", [5, 6])):
+        kept = [beit.run.step_of(folder) for folder in snapshots(two.folder / name / "checkpoints")]
+        assert kept == steps, "of 4, before the look 5, and the last the newest two"
+
+
 def test_a_full_disk_of_one_process_ends_all_and_keeps_the_checkpoint_before(two: Together) -> None:
     for told in two.told:
         assert "No space left on device. Make room there" in told["sharded-full-error"]
-        assert "to go on from step 4" in told["sharded-full-error"]
+        assert "to go on from step 5" in told["sharded-full-error"]
     checkpoints = two.folder / "sharded-full" / "checkpoints"
-    assert [folder.name for folder in checkpoints.iterdir()] == ["step-00000004"]
+    assert [beit.run.step_of(folder) for folder in sorted(checkpoints.iterdir())] == [4, 5]
     verify_snapshot(checkpoints / "step-00000004")
 
 

@@ -279,6 +279,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         settings.seed,
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
+        look_every=probe_every,
         batch_size=batch_size,
         flops_per_image=training_flops(config, num_masked),
         peak_flops=peak,

@@ -86,6 +86,7 @@ def train():
     from pathlib import Path
     import torch
     from torch import nn
+    import beit.run
     from beit.optim import EMA, adamw, update
     from beit.run import Run
 
@@ -97,7 +98,11 @@ def train():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     optimizer, ema = adamw(list(model.parameters()), lr=0.1), EMA(model, 0.9)
-    for step, _ in run.steps(model, optimizer, 8, lambda steps: steps, 100, seed=0, ema=ema):
+    beit.run.Training.is_sharded = slow_phase.startswith("sharded")
+    batches = lambda steps: steps
+    for step, _ in run.steps(model, optimizer, 8, batches, 100, seed=0, ema=ema, look_every=5):
+        if step == 5:
+            phase("sharded look")
         loss = (model(torch.randn(6, 4)) - step).square().sum()
         loss.backward()
         if step == 5:
@@ -138,7 +143,8 @@ def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("phase", "step"), [("start-up", 0), ("step", 5), ("evaluation", 6), ("report", 8)]
+    ("phase", "step"),
+    [("start-up", 0), ("step", 5), ("evaluation", 6), ("sharded look", 5), ("report", 8)],
 )
 def test_a_signal_in_a_call_that_does_not_end_saves_what_is_done(
     tmp_path: Path, digest: str, phase: str, step: int
@@ -152,7 +158,7 @@ def test_a_signal_in_a_call_that_does_not_end_saves_what_is_done(
     assert process.returncode == 143, complained
     newest = max((int(p.name[5:]) for p in tmp_path.glob("run/checkpoints/step-*")), default=0)
     assert newest == step
-    if phase in ("step", "evaluation"):
+    if phase in ("step", "evaluation", "sharded look"):
         assert f"beit: stopped and saved at step {step} of 8" in complained
     with train(tmp_path / "run") as process:
         assert process.communicate(timeout=120)[0] == digest
