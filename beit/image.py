@@ -19,6 +19,7 @@ Shapes: an image is uint8 (height, width, 3) RGB; a prepared one float32 (3, hei
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import logging
 import math
@@ -45,6 +46,14 @@ MAX_PIXELS = 50_000_000  # the environment variable BEIT_MAX_PIXELS sets another
 MAX_FILE_BYTES = 100_000_000
 MAX_HEADER_BYTES = 32_000_000  # what a file may say besides its pixels
 HELD_AT_ONCE = 4 << 20  # bytes; the header of a larger file is read before the file is held
+# Of a disk or a network, which may answer the next time.
+PASSING = {
+    getattr(errno, name, None)
+    for name in (
+        "EIO", "EREMOTEIO", "ESTALE", "EAGAIN", "EBUSY", "ETIMEDOUT", "ENOTCONN", "ECONNRESET",
+        "ECONNREFUSED", "ECONNABORTED", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH",
+    )
+} - {None}  # fmt: skip
 READ_COST = 4096  # bytes that a read counts at least, so that a header of single bytes ends as well
 
 Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
@@ -71,6 +80,14 @@ class BadImage(ValueError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether a disk or a network did not answer, which says nothing of the picture."""
+        cause = self.__cause__
+        return isinstance(cause, (ConnectionError, TimeoutError)) or (
+            isinstance(cause, OSError) and cause.errno in PASSING
+        )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 NOTE_BYTES = 4096  # of the name of what a worker is doing
+MOST_DEATHS = 3  # of the workers of one loader that others take the place of; more are no accident
 
 
 class WorkerDied(RuntimeError):
@@ -74,19 +75,32 @@ def load_in_processes(make: Callable[[int], T], steps: range, workers: int) -> I
     """As `load_ahead`, by processes; what `make` changes in one is not seen outside it.
 
     Worker i makes steps i, i + workers, ... and keeps a result until it is taken. An error is raised
-    here, at its step; a worker that ends by itself raises WorkerDied, which says what it was doing.
+    here, at its step. A worker that ends by itself is told on stderr, with what it was doing, and another
+    makes that step; where that one dies in it too, or after three such, WorkerDied is raised.
     """
     if workers == 0 or not sys.platform.startswith("linux"):
         yield from load_ahead(make, steps, workers)
         return
     crew = [_Worker(make) for _ in range(min(workers, len(steps)))]
+    deaths = 0
     try:
         ahead = iter(steps)
         for place, step in enumerate(islice(ahead, 2 * len(crew))):
             crew[place % len(crew)].ask(step)
         for place in range(len(steps)):
             worker = crew[place % len(crew)]
-            result = worker.answer()
+            try:
+                result = worker.answer()
+            except WorkerDied as death:
+                deaths += 1
+                if deaths > MOST_DEATHS:
+                    raise WorkerDied(f"{death}. {CURES}") from None
+                print(f"{death}; another begins there again", file=sys.stderr)
+                worker = crew[place % len(crew)] = worker.successor()
+                try:
+                    result = worker.answer()
+                except WorkerDied as again:
+                    raise WorkerDied(f"{again}, twice. {CURES}") from None
             for step in islice(ahead, 1):
                 worker.ask(step)
             yield result
@@ -95,6 +109,10 @@ def load_in_processes(make: Callable[[int], T], steps: range, workers: int) -> I
             worker.end()
 
 
+CURES = (
+    "If memory was short, use fewer --workers; if it dies there again, take that picture away. "
+    "The same command goes on from what is saved"
+)
 _note: mmap.mmap | None = None  # in a worker: what it is doing, for its parent to read
 
 
@@ -108,6 +126,8 @@ class _Worker(Generic[T]):
     """A forked process that answers `make(step)`, one step after the other."""
 
     def __init__(self, make: Callable[[int], T]) -> None:
+        self.make = make
+        self.owed: deque[int] = deque()  # steps that were asked for
         self.ours, theirs = Pipe()
         self.note = mmap.mmap(-1, NOTE_BYTES)
         with warnings.catch_warnings():  # a fork beside threads; this one takes no lock of theirs
@@ -120,6 +140,7 @@ class _Worker(Generic[T]):
         theirs.close()
 
     def ask(self, step: int) -> None:
+        self.owed.append(step)
         with suppress(OSError):  # it died: `answer` says so, once what it made before is taken
             self.ours.send(step)
 
@@ -130,19 +151,25 @@ class _Worker(Generic[T]):
             if getattr(error, "errno", None) in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
                 raise  # this process has no room; the worker lives
             self._died()
+        self.owed.popleft()
         if error is not None:
             raise error from RuntimeError(f"in a worker process:\n{where}")
         return result
+
+    def successor(self) -> _Worker[T]:
+        """Another that owes what this one, which died, has not given."""
+        self.end()
+        other = _Worker(self.make)
+        for step in self.owed:
+            other.ask(step)
+        return other
 
     def _died(self) -> None:
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         self.pid = 0
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
         what = self.note[:].rstrip(b"\0").decode(errors="replace") or "nothing yet"
-        raise WorkerDied(
-            f"a worker process {how} while reading {what}. If memory was short, use fewer --workers; "
-            "if it dies there again, take that picture away. The same command goes on from what is saved"
-        )
+        raise WorkerDied(f"a worker process {how} while reading {what}")
 
     def end(self) -> None:
         if self.pid:

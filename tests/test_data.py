@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -483,6 +485,41 @@ def test_a_bad_picture_gives_way_to_the_next_position_and_keeps_its_draws(
             assert index == red == next(i for i in after if i not in bad)
             assert number == sample_rng(7, epoch, order[position]).random()
     assert set(loader.bad_images.found) == bad
+
+
+@pytest.mark.parametrize(
+    ("code", "times", "asked", "listed"),
+    [
+        (errno.EIO, 2, 3, 0),  # a disk that recovers loses nothing
+        (errno.ETIMEDOUT, 9, 3, 1),
+        (errno.EACCES, 9, 1, 1),  # will be so the next time too
+    ],
+    ids=["recovers", "does-not", "forbidden"],
+)
+def test_a_disk_that_does_not_answer_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, times: int, asked: int, listed: int
+) -> None:
+    source = put_with_bad(tmp_path, 6, set())
+    hard, calls = Path(source.name(3)).name, 0
+
+    def opened(path: str, flags: int, *rest: int) -> int:
+        nonlocal calls
+        if os.fspath(path).endswith(hard):
+            calls += 1
+            if calls <= times:
+                raise OSError(code, os.strerror(code))
+        return real(path, flags, *rest)
+
+    real = os.open
+    monkeypatch.setattr("beit.image.os.open", opened)
+    monkeypatch.setattr("beit.data.PAUSES_S", (0.0, 0.0))
+    loader = loader_of(source, tmp_path, workers=0, batch_size=6)
+    (batch,) = loader.batches(range(1), draw)
+    assert calls == asked
+    assert len(loader.bad_images) == listed
+    assert (3 in [index for index, _ in batch]) == (not listed)
+    for index, (red, _) in batch:
+        assert index == red
 
 
 def test_bad_pictures_are_listed_once_with_their_reasons(tmp_path: Path) -> None:

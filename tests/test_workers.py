@@ -222,16 +222,41 @@ def test_a_worker_that_is_killed_is_reported_with_its_file_and_nothing_hangs() -
         return os.getpid()
 
     pids, said = until_death(load_in_processes(make, range(1000), 2))
-    assert "a worker process was killed by SIGKILL while reading photos/5.jpg" in said
+    assert "a worker process was killed by SIGKILL while reading photos/5.jpg, twice" in said
     assert len(pids) == 5  # all before it were given
     assert not any(map(is_running, pids))
 
 
 @linux
-def test_a_worker_killed_from_outside_is_reported() -> None:
+def test_another_takes_the_place_of_a_worker_that_is_killed_and_nothing_is_lost(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def make(step: int) -> int:
+        now_doing(f"photos/{step}.jpg")
+        if step in (5, 8, 9) and not (tmp_path / f"{step}").exists():
+            (tmp_path / f"{step}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step
+
+    assert list(load_in_processes(make, range(20), 2)) == list(range(20))
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 3
+    for step, line in zip((5, 8, 9), said, strict=True):
+        told = f"a worker process was killed by SIGKILL while reading photos/{step}.jpg"
+        assert line == f"{told}; another begins there again"
+
+
+@linux
+def test_workers_killed_from_outside_again_and_again_are_reported() -> None:
     loader = load_in_processes(lambda _: os.getpid(), range(100_000), 2)
-    os.kill(next(loader), signal.SIGKILL)
-    assert "killed by SIGKILL" in until_death(loader)[1]
+    killed: set[int] = set()
+    with pytest.raises(WorkerDied, match="killed by SIGKILL"):  # noqa: PT012
+        for number, pid in enumerate(loader):
+            assert number < 100, "the loader goes on for ever"
+            if pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+    assert len(killed) >= beit.workers.MOST_DEATHS + 1
 
 
 @linux

@@ -232,6 +232,6 @@ def test_a_killed_worker_is_reported_with_its_picture(
     code, _, err = cli("shard", data, tmp_path / "s", shard_size=4, workers=2)
     assert code == 1
     assert "beit: a worker process was killed by SIGKILL while reading" in err
-    assert "square/03.png. If memory was short" in err
+    assert "square/03.png, twice. If memory was short" in err
     assert "Traceback" not in err
     assert json.loads((tmp_path / "s" / "shards.json").read_text())["shards"] == {"train": 4, "val": 2}
