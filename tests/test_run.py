@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -292,6 +293,43 @@ def test_an_error_of_the_pictures_ends_a_run_that_has_saved(
     again = train(tmp_path / "run")
     same(again.go(), unbroken[0])
     assert again.seen[0] == 7
+
+
+def test_a_stop_signal_while_an_error_is_saved_waits_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any
+) -> None:
+    """The watching thread would write the same files at the same time."""
+    writing, most, codes, write = 0, 0, [], Run._write
+
+    def slow(*args: Any) -> None:
+        nonlocal writing, most
+        writing += 1
+        most = max(most, writing)
+        if writing == 1:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.6)
+        write(*args)
+        writing -= 1
+
+    training = train(tmp_path / "run")
+    batches = training.batches
+
+    def fail_at_3(steps: range) -> Iterator[Any]:
+        yield from batches(steps[:3])
+        monkeypatch.setattr(Run, "_write", slow)
+        raise ConnectionError("the store is away")
+
+    training.batches = fail_at_3  # type: ignore[method-assign]
+    monkeypatch.setattr("beit.stop.GRACE_S", 0.1)
+    monkeypatch.setattr("beit.stop.os._exit", codes.append)
+    with pytest.raises(ConnectionError):
+        training.go()
+    assert most == 1
+    assert codes in ([], [143])
+    monkeypatch.setattr(Run, "_write", write)
+    again = train(tmp_path / "run")
+    same(again.go(), unbroken[0])
+    assert again.seen[0] == 3
 
 
 def test_without_a_readable_checkpoint_the_run_begins_again(tmp_path: Path, unbroken: Any) -> None:
