@@ -192,11 +192,6 @@ def has_split(location: str | Path, split: str) -> bool:
     return bool(_shards_of(list_folder(place).places.roots[1:], split))
 
 
-def list_pictures(root: Path) -> list[Path]:
-    """All pictures in a folder and below it, in the order of their names."""
-    return list(list_folder(str(root)).places)
-
-
 def _address(location: str | Path) -> str:
     return re.sub(r"^(\w\w+):/(?!/)", r"\1://", str(location))  # Path squeezes s3:// to s3:/
 

@@ -33,6 +33,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from beit.atomic import CannotWrite, flush, is_alive, write_atomically
+from beit.hub import sha256_of
 from beit.listing import UNSETTLED_S, cache_folder
 
 MANIFEST = "embeddings.json"
@@ -142,7 +143,7 @@ class Embeddings:
             for name, (size, digest) in seal.files.items():
                 if (self.folder / name).stat().st_size != size:
                     return None
-                if thorough and _sha256_of_file(self.folder / name) != digest:
+                if thorough and sha256_of(self.folder / name) != digest:
                     return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -419,20 +420,12 @@ def model_sha256(path: Path) -> str:
         text = kept.read_text()
         if len(text) == 64:
             return text
-    digest = hashlib.sha256("".join(_sha256_of_file(file) for file in files).encode()).hexdigest()
+    digest = hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
     if all(stamp[2] < (time.time() - UNSETTLED_S) * 1e9 for stamp in stamps):
         with suppress(OSError):  # a full or forbidden cache folder only costs time
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(kept, digest.encode())
     return digest
-
-
-def _sha256_of_file(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- Rows ----------------------------------------------------------------------------------------

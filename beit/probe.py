@@ -435,7 +435,11 @@ def out_of_fold(
 
 
 class LabelReview(NamedTuple):
-    """In which order to review labels, and what each may be instead."""
+    """In which order to review labels, and what each may be instead.
+
+    By confidence: the probability of the given label less that of the likeliest other, as in confident
+    learning (Northcutt et al., 2021).
+    """
 
     order: Tensor  # (n,) int64, likeliest error first
     suggestion: Tensor  # (n,) int64, the likeliest other class, in the pictures' order
@@ -443,19 +447,11 @@ class LabelReview(NamedTuple):
     given: Tensor  # (n,) float64, that of the label
 
 
-def likely_label_errors(
-    features: Tensor, labels: Tensor, num_classes: int, seed: int = 0
-) -> LabelReview:
-    """What a look at the labels should begin with.
-
-    By out-of-fold confidence: the probability of the given label less that of the likeliest other, as in
-    confident learning (Northcutt et al., 2021).
-    """
-    return review_labels(out_of_fold(features, labels, num_classes, seed=seed), labels)
-
-
 def review_labels(probability: Tensor, labels: Tensor) -> LabelReview:
-    """The same from the probabilities (n, C) of a classifier that has not learned these labels (n,)."""
+    """What a look at labels (n,) should begin with.
+
+    probability: (n, C), of a classifier that has not learned these labels.
+    """
     given = probability.gather(1, labels[:, None])[:, 0]
     confidence, suggestion = probability.scatter(1, labels[:, None], -1).max(dim=1)
     return LabelReview((given - confidence).argsort(stable=True), suggestion, confidence, given)

@@ -25,9 +25,9 @@ from beit.probe import (
     fit_probes,
     fit_sgd,
     knn_scores,
-    likely_label_errors,
     out_of_fold,
     out_of_fold_several,
+    review_labels,
     review_several,
 )
 
@@ -334,7 +334,7 @@ def test_flipped_labels_come_first_in_the_review_and_their_class_is_suggested(se
     flipped = torch.from_numpy(rng.permutation(len(truth))[: len(truth) // 20])
     labels = truth.clone()
     labels[flipped] = (truth[flipped] + torch.from_numpy(rng.integers(1, 10, len(flipped)))) % 10
-    order, suggestion, _, _ = likely_label_errors(x, labels, 10)
+    order, suggestion, _, _ = review_labels(out_of_fold(x, labels, 10), labels)
     assert sorted(order.tolist()) == list(range(len(truth)))
     first = order[: len(order) // 10]
     assert float(torch.isin(flipped, first).double().mean()) >= 0.8
@@ -378,4 +378,4 @@ def test_a_class_of_one_picture_gets_probabilities_too() -> None:
     y[0] = 3
     probability = out_of_fold(x, y, 4)
     assert torch.isfinite(probability).all()
-    assert int(likely_label_errors(x, y, 4)[0][0]) == 0  # no other looks like it
+    assert int(review_labels(probability, y).order[0]) == 0  # no other looks like it
