@@ -262,7 +262,8 @@ def start_from(words: list[str], option: str, name: str) -> Config:
     for flag, other in (("--epochs", "steps"), ("--warmup-epochs", "warmup_steps")):
         if flag in given:  # two ways to say one thing, of which the recipe's would win
             values.pop(other, None)
-    return Config({k.replace("_", "-"): v for k, v in values.items()}, use_commands_as_keys=False)
+    options = {key.replace("_", "-"): value for key, value in values.items()}
+    return Config(options, use_commands_as_keys=False, source=str(file))
 
 
 def exit_code(error: Exception) -> int:

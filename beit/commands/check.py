@@ -18,6 +18,7 @@ from cyclopts.types import NonNegativeInt
 from beit.atomic import check_place
 from beit.data import Bad, ImageSource, TooManyBadImages, has_split, open_source
 from beit.image import BadImage, open_image
+from beit.ranges import Share
 from beit.run import Progress
 from beit.workers import load_in_processes, now_doing
 
@@ -34,7 +35,7 @@ class Check:
     _: KW_ONLY
     out: Annotated[Path | None, Parameter(alias="-o")] = None
     """Write what is wrong to this .csv: split, path, problem, detail."""
-    max_bad_images: float = 0.01
+    max_bad_images: Share = 0.01
     """Share of the pictures that may be unreadable; beyond it the exit code is 4."""
     workers: NonNegativeInt = os.cpu_count() or 1
     """Processes that read."""

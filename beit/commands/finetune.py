@@ -38,6 +38,7 @@ from beit.metrics import fit_temperature
 from beit.model import Beit, BeitForImageClassification, variant
 from beit.optim import EMA, adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
+from beit.ranges import AboveZero, BelowOne, CropScale, Magnitude, Share
 from beit.run import Run, describe_settings, surroundings
 from beit.split import data_hash, write_split
 from beit.validation import Validation, logits_of, score
@@ -60,7 +61,7 @@ class Finetune:
     """Run folder; becomes the model that `classify -m` takes. DATA's name with .run where not given."""
     val: Path | None = None
     """Labelled pictures to validate on; DATA/val where that exists, else a share of DATA."""
-    val_share: NonNegativeFloat | None = None
+    val_share: BelowOne | None = None
     """Share of each class to hold out where there are no others: 0.2, or 0.1 from 5,000 pictures on. 0
     holds none out."""
     method: Literal["head", "best", "full"] | None = None
@@ -70,9 +71,9 @@ class Finetune:
     """Which weights to keep: those that were best on the validation pictures, or the last."""
     img_size: PositiveInt | None = None
     """Pixels; the model's own where not given."""
-    crop_ratio: float | None = None
+    crop_ratio: AboveZero | None = None
     """Centre that evaluation looks at; 0.875 below 384 pixels where not given, 1 shows all."""
-    drop_path: float = 0.1
+    drop_path: BelowOne = 0.1
     """Stochastic depth of the last block."""
     epochs: PositiveInt | None = None
     """Passes over the pictures; so many that 50,000 are seen where not given, from 10 to 100."""
@@ -87,25 +88,25 @@ class Finetune:
     lr: NonNegativeFloat | None = None
     """Peak learning rate of the head, 0.001 where not given; the paper's 4e-3 is for a batch of 1024."""
     min_lr: NonNegativeFloat = 1e-6
-    layer_decay: float | None = None
+    layer_decay: AboveZero | None = None
     """Each layer below learns this much slower: 0.65 base, 0.75 large where not given; 1 turns it off."""
     weight_decay: NonNegativeFloat = 0.05
     clip_grad_norm: NonNegativeFloat = 0.0
     """0 turns clipping off."""
-    ema_decay: NonNegativeFloat = 0.0
+    ema_decay: BelowOne = 0.0
     """Validate and keep a running average of the weights, 0.9999 is usual; 0 the weights themselves."""
-    label_smoothing: float = 0.1
+    label_smoothing: BelowOne = 0.1
     class_weights: Annotated[bool | None, Parameter(negative="--no-class-weights")] = None
     """Rare classes count more in the loss, by one over the root of their number; where not given, if one
     class has three times the pictures of another and no setting of training is given."""
-    crop_scale: tuple[float, float] | None = None
+    crop_scale: CropScale | None = None
     """Share of a picture's area that a crop covers; 0.08 to 1, the paper's, where not given, and from 0.3
     where all is chosen."""
-    hflip: float = 0.5
+    hflip: Share = 0.5
     """Probability of mirroring; 0 for writing and signs."""
-    rand_augment: NonNegativeFloat = 0.0
+    rand_augment: Magnitude = 0.0
     """Magnitude of RandAugment, up to 10; the paper's is 9. 0 turns it off."""
-    reprob: NonNegativeFloat = 0.0
+    reprob: Share = 0.0
     """Probability of erasing a box; the paper's is 0.25."""
     mixup: NonNegativeFloat = 0.0
     """How evenly two pictures are mixed; the paper's is 0.8. 0 turns it off."""
@@ -113,7 +114,7 @@ class Finetune:
     """How large a piece of another picture is pasted in; the paper's is 1. 0 turns it off."""
     calibrate: Annotated[bool, Parameter(negative="--no-calibrate")] = True
     """Divide the head by the temperature that fits the validation pictures best."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
     gradient_checkpointing: bool = False
@@ -123,7 +124,7 @@ class Finetune:
     device: str = "auto"
     workers: NonNegativeInt = 2
     """Processes that prepare pictures; 0 leaves it to the run's own."""
-    max_bad_images: float = 0.01
+    max_bad_images: Share = 0.01
     """Share of the pictures that may be unreadable; more stops the run with exit code 4."""
     log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl."""

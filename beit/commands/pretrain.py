@@ -33,6 +33,7 @@ from beit.metrics import codebook_use
 from beit.model import BeitForMaskedImageModeling, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
+from beit.ranges import AboveZero, BelowOne, CropScale, Share
 from beit.run import Run, Stopped, surroundings, tell_settings, weights_hash
 from beit.split import data_hash
 from beit.tokenizer import DalleTokenizer, PixelTargets, Tokenizer
@@ -55,11 +56,11 @@ class Pretrain:
     """Size of the encoder, by name; or a trained BEiT of any format to go on from."""
     img_size: PositiveInt | None = None
     """Patch view in pixels; the model's own where not given."""
-    crop_ratio: float | None = None
+    crop_ratio: AboveZero | None = None
     """Centre that evaluation looks at; 0.875 below 384 pixels where not given, 1 shows all."""
-    init_values: float | None = None
+    init_values: NonNegativeFloat | None = None
     """LayerScale at the start; the model's own where not given."""
-    drop_path: float = 0.1
+    drop_path: BelowOne = 0.1
     """Stochastic depth of the last block."""
     num_mask_patches: PositiveInt | None = None
     """Patches to hide; the paper's share (75 of 196) where not given."""
@@ -84,15 +85,15 @@ class Pretrain:
     """Peak learning rate: the paper's, of base at a batch of 2048. Small networks did best here at 4e-3 to
     8e-3 with a batch of 64."""
     min_lr: NonNegativeFloat = 1e-5
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.05
     clip_grad_norm: NonNegativeFloat = 3.0
     """0 turns clipping off."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: CropScale = (0.08, 1.0)
     """Share of a picture's area that a crop covers."""
-    hflip: float = 0.5
+    hflip: Share = 0.5
     """Probability of mirroring; 0 for writing and signs."""
-    color_jitter: float = 0.4
+    color_jitter: NonNegativeFloat = 0.4
     """Strength of changes in brightness, contrast and saturation; 0 turns them off."""
     token_filter: Filter = "lanczos"
     """How the tokenizer's view is resized: lanczos in v1, bicubic in v2."""
@@ -101,7 +102,7 @@ class Pretrain:
     model that it goes on from has them, or 0.5."""
     tokenizer_fp16: bool = False
     """DALL-E's convolutions in float16, as the published runs had them; a token in a thousand differs."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
     gradient_checkpointing: bool = False
@@ -113,7 +114,7 @@ class Pretrain:
     device: str = "auto"
     workers: NonNegativeInt = 2
     """Processes that prepare pictures; 0 leaves it to the run's own."""
-    max_bad_images: float = 0.01
+    max_bad_images: Share = 0.01
     """Share of the pictures that may be unreadable; more stops the run with exit code 4."""
     log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl."""

@@ -32,6 +32,7 @@ from PIL import Image
 from beit.atomic import CannotWrite, flush, write_atomically
 from beit.data import MANIFEST, Bad, BadImages, ImageSource, SomeSkipped, has_split, open_source
 from beit.image import BadImage, open_image
+from beit.ranges import Share
 from beit.run import Progress
 from beit.workers import load_in_processes, now_doing
 
@@ -52,7 +53,7 @@ class Shard:
     """Of the JPEGs, 1 to 95."""
     shard_size: PositiveInt = 5000
     """Pictures a shard."""
-    max_bad_images: float = 0.01
+    max_bad_images: Share = 0.01
     """Share of the pictures that may be unreadable; more stops it with exit code 4."""
     workers: NonNegativeInt = os.cpu_count() or 1
     """Processes that write, each a shard at a time."""

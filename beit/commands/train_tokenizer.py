@@ -30,6 +30,7 @@ from beit.metrics import CodebookUse, codebook_use, psnr
 from beit.model import Beit, BeitForMaskedImageModeling, check_size, variant
 from beit.optim import adamw, cosine_schedule, param_groups, update
 from beit.precision import Precision, autocast, resolve_precision
+from beit.ranges import CropScale, Share
 from beit.report import Page
 from beit.run import Run, read_metrics, surroundings, tell_settings
 from beit.split import data_hash
@@ -86,17 +87,17 @@ class TrainTokenizer:
     """Where the rate ends; a hundredth of the peak where not given."""
     warmup_epochs: NonNegativeFloat | None = None
     """A tenth of the run, 100 steps at most, where not given."""
-    crop_scale: tuple[float, float] = (0.3, 1.0)
+    crop_scale: CropScale = (0.3, 1.0)
     """Share of a picture's area that a training crop covers."""
-    hflip: float = 0.5
+    hflip: Share = 0.5
     """Probability of mirroring; 0 for writing and signs."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
     device: str = "auto"
     workers: NonNegativeInt = 2
     """Processes that prepare pictures; 0 leaves it to the run's own."""
-    max_bad_images: float = 0.01
+    max_bad_images: Share = 0.01
     """Share of the pictures that may be unreadable; more stops the run with exit code 4."""
     log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl."""

@@ -298,7 +298,7 @@ def test_layer_decay_slows_the_lower_layers(
         ({"batch_size": 0}, 2, "--batch-size"),
         ({"steps": -1}, 2, "--steps"),
         ({"warmup_epochs": 2}, 2, "warmup_epochs 2 is 6 steps, and the run has 6"),
-        ({"crop_ratio": 1.2}, 2, "crop_ratio 1.2 is not in (0, 1]"),
+        ({"crop_ratio": 1.2}, 2, '"1.2" for --crop-ratio. Must be <= 1'),
         ({"val": "nowhere"}, 2, "nowhere does not exist"),
     ],
 )

@@ -231,22 +231,22 @@ MISTAKES: dict[str, Mistake] = {
         finetune(good, "--val", lambda p: p.mine / "vl"), 2, ("vl does not exist", "check the path")
     ),
     "finetune: more than all for validation": Mistake(
-        finetune(good, "--val-share", 20), 2, ("val_share 20.0", "0.2 is usual")
+        finetune(good, "--val-share", 20), 2, ('"20.0" for --val-share. Must be < 1.',)
     ),
     "finetune: the best of nothing": Mistake(
         finetune(good, "--method", "best", "--val-share", 0), 2, ("validation pictures", "--val")
     ),
     "finetune: no such method": Mistake(finetune(good, "--method", "magic"), 2, ("--method", "head")),
     "finetune: more than the whole picture": Mistake(
-        finetune(good, "--crop-ratio", 1.5), 2, ("crop_ratio 1.5 is not in (0, 1]",)
+        finetune(good, "--crop-ratio", 1.5), 2, ('"1.5" for --crop-ratio. Must be <= 1.',)
     ),
     "finetune: no such device": Mistake(finetune(good, "--device", "gpu"), 2, ("'gpu'", "cuda")),
     "finetune: no such precision": Mistake(finetune(good, "--precision", "fp8"), 2, ("--precision",)),
     "finetune: an average that never forgets": Mistake(
-        finetune(good, "--ema-decay", 2), 2, ("ema_decay 2.0", "0.9999 is usual")
+        finetune(good, "--ema-decay", 2), 2, ('"2.0" for --ema-decay. Must be < 1.',)
     ),
     "finetune: all may be bad and more": Mistake(
-        finetune(good, "--max-bad-images", 3), 2, ("max_bad_images 3.0 is not a share", "0.01")
+        finetune(good, "--max-bad-images", 3), 2, ('"3.0" for --max-bad-images. Must be <= 1.',)
     ),
     "finetune: no such recipe": Mistake(
         finetune(good, "--recipe", "beit_bas_1k"), 2, ("beit_bas_1k", "did you mean beit_base_1k")

@@ -139,7 +139,7 @@ def test_a_run_without_a_finite_update_leaves_no_model(
     assert "none of 2 updates was finite, so nothing was learned" in err
     assert not (tmp_path / "run" / "model.safetensors").exists()
     code, _, err = cli("pretrain", shapes / "train", out=tmp_path / "b", **{**options, "drop_path": 1.0})
-    assert (code, "drop_path 1.0 is not from 0 to below 1" in err) == (2, True)
+    assert (code, '"1.0" for --drop-path. Must be < 1' in err) == (2, True)
 
 
 def test_a_trained_model_brings_its_own_layer_scale(
@@ -450,7 +450,7 @@ def test_statistics_travel_with_the_model(shapes: Path, tmp_path: Path, short: d
         ({"num_mask_patches": 3, "min_block": 9}, "min_block"),
         ({"batch_size": 0}, "--batch-size"),
         ({"steps": -5}, "--steps"),
-        ({"crop_ratio": 0}, "crop_ratio 0.0 is not in (0, 1]"),
+        ({"crop_ratio": 0}, '"0.0" for --crop-ratio. Must be > 0'),
         ({"probe_layers": 5}, "--probe-layers 5: a layer is from 1 to 4"),
         ({"probe_data": "nowhere"}, "nowhere"),
         ({"tokenizer_fp16": True}, "--tokenizer-fp16 is for DALL-E's"),

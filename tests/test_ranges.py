@@ -1,0 +1,61 @@
+"""The bounds of settings: what is beyond them is refused by flag and recipe, before anything is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Cli
+
+TRAININGS = ("train-tokenizer", "pretrain", "finetune")
+BEYOND = [
+    *(
+        (command, "crop_scale", wrong)
+        for command in TRAININGS
+        for wrong in ((0.5, 0.2), (0, 1), (0.5, 2))
+    ),
+    *((command, "hflip", wrong) for command in TRAININGS for wrong in (-0.1, 1.1, "nan")),
+    *((command, "max_bad_images", wrong) for command in (*TRAININGS, "check") for wrong in (-1, 3)),
+    *((command, "seed", -1) for command in TRAININGS),
+    *((command, "crop_ratio", wrong) for command in TRAININGS[1:] for wrong in (0, 1.5)),
+    *((command, "drop_path", wrong) for command in TRAININGS[1:] for wrong in (-0.1, 1)),
+    ("pretrain", "betas", (0.9, 1)),
+    ("pretrain", "betas", (-0.5, 0.99)),
+    ("pretrain", "color_jitter", -0.4),
+    ("pretrain", "init_values", -0.1),
+    ("finetune", "val_share", 1),
+    ("finetune", "label_smoothing", 1),
+    ("finetune", "layer_decay", 0),
+    ("finetune", "layer_decay", 1.1),
+    ("finetune", "rand_augment", 11),
+    ("finetune", "reprob", 1.1),
+    ("finetune", "ema_decay", 1),
+]
+
+
+@pytest.mark.parametrize(("command", "name", "wrong"), BEYOND)
+def test_what_is_beyond_its_bounds_is_refused_from_flag_and_recipe(
+    cli: Cli, tmp_path: Path, command: str, name: str, wrong: object
+) -> None:
+    needed = {"out": tmp_path / "run", "tokenizer": "t"}
+    given = {"pretrain": needed, "check": {}}.get(command, {"out": tmp_path / "run"})
+    option = name.replace("_", "-")
+    code, _, err = cli(command, "nowhere", **given, **{name: wrong})
+    assert code == 2
+    assert f"for --{option}. Must be " in err
+    recipe = tmp_path / "mine.toml"
+    value = list(wrong) if isinstance(wrong, tuple) else wrong
+    recipe.write_text(f"[settings]\n{name} = {value}\n")
+    code, _, err = cli(command, "nowhere", **given, recipe=recipe)
+    assert code == 2
+    assert f"for [{option}] provided by" in err
+    assert "Must be " in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("layer_decay", 1), ("crop_scale", (1, 1)), ("rand_augment", 10), ("reprob", 0)]
+)
+def test_the_bounds_themselves_are_taken(cli: Cli, name: str, value: object) -> None:
+    code, _, err = cli("finetune", "nowhere", **{name: value})
+    assert (code, "nowhere does not exist" in err) == (2, True)
