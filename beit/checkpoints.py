@@ -43,6 +43,7 @@ from beit.configs import (
     read_timm_spec,
     read_transformers_config,
 )
+from beit.graphs import is_graph
 from beit.handover import hand_over
 from beit.hub import class_names, resolve
 from beit.image import (
@@ -71,6 +72,12 @@ from beit.relative_position import relative_position_index
 from beit.tokenizer import DalleConfig, DalleTokenizer, DiscreteVAE, DiscreteVAEConfig
 from beit.unpickle import Inert, RefusedFile, module_tensors, read_weights
 from beit.vqkd import VQKD, VQKDConfig
+
+FOR_PRETRAINING = "it is what `beit pretrain DATA --tokenizer` takes"
+GRAPH = (
+    "an exported graph, which classify, embed, evaluate, serve, bench and info take{}; here the model is "
+    "needed that it was exported from, such as the run's folder"
+)
 
 Size = int | tuple[int, int]
 Format = Literal["transformers", "timm", "unilm"]
@@ -227,7 +234,7 @@ def _transformers_folder(
     if kind not in ("beit", "data2vec-vision", "vit"):
         raise CheckpointError(
             f"{path} holds a {str(kind)[:80]!r}, not a BEiT encoder or a plain ViT; "
-            + ("give it as --tokenizer" if kind in list(TOKENIZERS) else EXPORT)
+            + (FOR_PRETRAINING if kind in list(TOKENIZERS) else EXPORT)
         )
     ours = content.get("beit", {})
     if ours.get("format", FORMAT) > FORMAT:
@@ -327,7 +334,7 @@ def _single_file(
     content, tensors, rest = _file_tensors(path)
     layout = layout_of(tensors)
     if layout in ("dalle", "vqkd"):
-        raise CheckpointError(f"{path} holds a visual tokenizer; give it as --tokenizer")
+        raise CheckpointError(f"{path} holds a visual tokenizer, not a model; {FOR_PRETRAINING}")
     if layout == "transformers":
         tensors = from_transformers(tensors)
     elif layout == "unknown":
@@ -415,6 +422,8 @@ CONTAINERS = ("model", "module", "state_dict", "weights")
 
 def _file_tensors(path: Path) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
     """What a file holds, the state dict in it, and what lay beside that dict."""
+    if is_graph(path):
+        raise CheckpointError(f"{path} is {GRAPH.format('')}")
     content = read_weights(path)
     if isinstance(content, Inert):
         return content, module_tensors(content), {}
@@ -473,6 +482,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"the run {folder} has not finished; give its command again and it will go on"
             )
+        if graphs := sorted(filter(is_graph, folder.iterdir())):
+            raise CheckpointError(f"{folder} holds {GRAPH.format(f' as {graphs[0]}')}")
         raise CheckpointError(
             f"{folder} has no config.json, so it is not a model folder; "
             "give one, or a name that `beit models` lists"

@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from beit.atomic import not_there
 from beit.image import ImageSpec
 
 Kind = Literal["classification", "features", "masked"]
@@ -119,7 +120,7 @@ def open_graph(file: Path, precision: str = "fp32", threads: int | None = None) 
     precision: fp32, or bf16 for what the file does not hold as int8; OpenVINO alone can choose.
     """
     if not file.is_file():
-        raise GraphError(f"{file} does not exist")
+        raise GraphError(not_there(file))
     runtime = RUNTIME_OF[file.suffix]
     require(runtime)
     kinds: dict[str, Callable[[Path, str, int | None], Graph]]

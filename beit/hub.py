@@ -176,6 +176,19 @@ _FOLDERS: dict[str, str | None] = {
     **{row.name: row.hub for row in _ROWS},
 }
 
+# Of `model.VARIANTS` the names, for those who do not wait for torch.
+SIZES = (
+    "beit_base_patch16_224", "beit_base_patch16_384", "beit_base_patch16_512",
+    "beit_large_patch16_224", "beit_large_patch16_384", "beit_large_patch16_512",
+    "beit_base_patch16_224_in22k", "beit_large_patch16_224_in22k", "beit_base_patch16_224_8k_vocab",
+    "beit_large_patch16_224_8k_vocab", "beit_base_patch16_224_pt1k",
+    "beit_base_patch16_224_pt1k_8k_vocab", "beit_large_patch16_224_pt1k_8k_vocab",
+    "beitv2_base_patch16_224", "beitv2_large_patch16_224", "beitv2_base_patch16_224_in22k",
+    "beitv2_large_patch16_224_in22k", "beitv2_base_patch16_224_8k_vocab",
+    "beitv2_large_patch16_224_8k_vocab", "beit_small_patch16_224", "beit_tiny_patch16_224",
+    "beit_tiny_patch8_64", "beit_mini_patch8_32",
+)  # fmt: skip
+
 
 # --- Names to files ------------------------------------------------------------------------------
 
@@ -233,12 +246,25 @@ def resolve(source: str, revision: str | None = None) -> Path:
     return _download(folder, at or revision)
 
 
+def other_names() -> list[str]:
+    """What a model may be called besides its size: released names, and files of the working folder."""
+    return [*_FOLDERS, *sorted(os.listdir())]
+
+
 def _unknown(source: str) -> str:
-    if re.fullmatch(r"[\w-]+/[\w.-]+(@.+)?", source):
+    if source in SIZES:
+        trained = [name for name in RELEASED if name.startswith(source)]
+        meant = f", such as {' or '.join(trained[:3])}" if trained else ""
+        return (
+            f"{source} is a size, which has no weights; give a model of `beit models`{meant}, or the "
+            f"folder of a training: beit finetune DATA -m {source} -o RUN"
+        )
+    folder = os.path.dirname(source)
+    if re.fullmatch(r"[\w-]+/[\w.-]+(@.+)?", source) and not os.path.isdir(folder):
         return f"{source} does not exist; for a folder of the hub write hub:{source}"
-    if os.path.dirname(source):
+    if folder:
         return f"{not_there(source)} (`beit models` lists the released ones)"
-    near = difflib.get_close_matches(source, _FOLDERS, n=3)
+    near = difflib.get_close_matches(source, other_names(), n=3)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{source} does not exist and is no released model's name; {meant}`beit models` lists them"
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -165,13 +165,16 @@ VARIANTS: dict[str, BeitConfig] = {
 }
 
 
-def variant(name: str) -> BeitConfig:
-    """The config of a named size, or a ValueError that names the nearest ones."""
+def variant(name: str, others: Iterable[str] = ()) -> BeitConfig:
+    """The config of a named size, or a ValueError that names the nearest ones.
+
+    others: what else could have been given, where sizes are not all.
+    """
     if name in VARIANTS:
         return VARIANTS[name]
-    near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}" if near else f"known are {', '.join(VARIANTS)}"
-    raise ValueError(f"model {name!r} is not known; {hint}")
+    near = difflib.get_close_matches(name, [*VARIANTS, *others], n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"model {name!r} is not known; {hint}`beit models` lists models and sizes")
 
 
 class PatchEmbed(nn.Module):

@@ -490,10 +490,20 @@ def test_a_tokenizer_comes_back_as_it_went(name: str, tmp_path: Path) -> None:
         assert torch.equal(back.decode(back.encode(images)), tokenizer.decode(back.encode(images)))
 
 
+def test_an_exported_graph_says_who_takes_it_and_what_to_give(tmp_path: Path) -> None:
+    for name in ("flowers.xml", "flowers.onnx", "flowers.pt2"):
+        (tmp_path / name).write_text("<?xml")
+        for read in (load_model, load_tokenizer):
+            refused(tmp_path / name, "is an exported graph, which classify, embed", "from", read=read)
+    refused(tmp_path, "holds an exported graph", f"take as {tmp_path / 'flowers.onnx'}", read=load_model)
+
+
 def test_a_tokenizer_and_a_model_are_told_apart(tmp_path: Path) -> None:
     save_tokenizer(TOKENIZERS["vq"](), tmp_path / "tokenizer")
     save(build("classifier"), tmp_path / "model")
-    refused(tmp_path / "tokenizer", "beit-discrete-vae", "give it as --tokenizer", read=load_model)
+    refused(
+        tmp_path / "tokenizer", "beit-discrete-vae", "`beit pretrain DATA --tokenizer`", read=load_model
+    )
     refused(tmp_path / "model", "not a visual tokenizer", "beit train-tokenizer", read=load_tokenizer)
 
 

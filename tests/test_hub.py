@@ -32,15 +32,22 @@ import beit.hub
 from beit.cli import exit_code
 from beit.hub import (
     RELEASED,
+    SIZES,
     HubError,
     class_names,
     is_offline,
     is_remote,
+    other_names,
     resolve,
     sha256_of,
     synsets,
 )
-from beit.model import BeitForImageClassification, BeitForMaskedImageModeling, variant
+from beit.model import (
+    VARIANTS,
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    variant,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WHOLE = ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin",
@@ -115,6 +122,28 @@ def test_a_path_stays_a_path_whatever_it_is_called(
     assert not asked
 
 
+def test_sizes_are_those_of_the_model() -> None:
+    assert tuple(VARIANTS) == SIZES
+
+
+def test_a_misspelt_path_names_what_lies_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "flowers.run").mkdir(parents=True)
+    (tmp_path / "flowers.run").mkdir()
+    for source, meant in (
+        ("flowers.rum", "flowers.run"),
+        ("flowers.rum/", "flowers.run"),
+        ("./flwers.run", "flowers.run"),
+        ("runs/flowers", "runs/flowers.run"),
+    ):
+        with pytest.raises(HubError, match=rf"does not exist.* did you mean {meant}\?"):
+            resolve(source)
+    with pytest.raises(ValueError, match=r"did you mean flowers\.run\?"):
+        variant("flowers.rum", other_names())
+
+
 @pytest.mark.parametrize(
     ("source", "says"),
     [
@@ -124,7 +153,15 @@ def test_a_path_stays_a_path_whatever_it_is_called(
             r"^runs/flowers/best does not exist, nor does its folder runs/flowers; check",
         ),
         ("flowers", "flowers does not exist and is no released model's name; `beit models` lists them"),
-        ("beit_base_patch16_384", "did you mean .*beit-base-patch16-384"),
+        ("beit_base_patch16_385", "did you mean .*beit-base-patch16-384"),
+        (
+            "beit_base_patch16_384",
+            r"is a size, .*, such as beit_base_patch16_384_\w+, or the folder of a",
+        ),
+        (
+            "beit_tiny_patch8_64",
+            "is a size, which has no weights; .* finetune DATA -m beit_tiny_patch8_64",
+        ),
         ("beit_base_patch16_384_pt22k_ft22kto1k.pth", "mean beit_base_patch16_384_pt22k_ft22kto1k or"),
         ("microsoft/beit-base-patch16-384", "write hub:microsoft/beit-base-patch16-384$"),
     ],

@@ -1139,7 +1139,9 @@ def test_heads_of_a_vqkd_file_are_not_guessed_where_no_rule_fits(vqkd_file: Path
 
 
 def test_a_tokenizer_and_a_model_file_are_told_apart(vqkd_file: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds a visual tokenizer; give it as --tokenizer"):
+    with pytest.raises(
+        CheckpointError, match="a visual tokenizer, not a model; it is what `beit pretrain"
+    ):
         load_model(vqkd_file)
     with pytest.raises(CheckpointError, match="is not a visual tokenizer; its first tensors are blocks"):
         load_tokenizer(GOLDEN / "unilm-v1-finetune-relbias.pth")

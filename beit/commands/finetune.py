@@ -31,7 +31,7 @@ from beit.finetune_report import write_report
 from beit.flops import peak_flops, training_flops
 from beit.frozen import FrozenClassifier, frozen_classifier
 from beit.handover import to_classifier
-from beit.hub import is_size
+from beit.hub import is_size, other_names
 from beit.image import unilm_spec
 from beit.labelled import Labelled, Side, open_labelled
 from beit.metrics import fit_temperature
@@ -259,7 +259,7 @@ def load_start(settings: Finetune) -> Beit | None:
     if settings.model is None:
         return None
     if is_size(settings.model):
-        variant(settings.model)  # refuses what is none
+        variant(settings.model, other_names())  # refuses what is none
         return None
     return load_model(settings.model, dtype=torch.float32)
 

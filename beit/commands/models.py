@@ -1,36 +1,38 @@
-"""`beit models`: the released models, and what to type for each."""
+"""`beit models`: the released models and the sizes without weights, and what to type for each."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import KW_ONLY, asdict, dataclass
 
 from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
-from beit.hub import RELEASED, Released
+from beit.hub import RELEASED, SIZES, Released
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Models:
     filter: str = ""
-    """Only those whose name, hub id or task holds this, such as beitv2 or segmentation."""
+    """Only those whose name, hub id or task holds this, such as beitv2 or segmentation; sizes by name."""
     _: KW_ONLY
     json: bool = False
-    """Print one JSON object a model, with the whole sha256 and the address of the authors' file."""
+    """Print one JSON object a released model, with the whole sha256 and the authors' file's address."""
 
 
 def models(settings: Models = Models()) -> list[Released]:
-    """List the released models."""
+    """List the released models, and the sizes to train from nothing."""
     wanted = settings.filter.lower()
     rows = [
         row
         for row in RELEASED.values()
         if any(wanted in text.lower() for text in (row.name, row.task, row.hub or "", *row.also))
     ]
-    if not rows:
+    sizes = [name for name in SIZES if wanted in name and not settings.json]
+    if not rows and not sizes:
         raise ValueError(
             f"no released model has {settings.filter!r} in its name, hub id or task; "
             "`beit models` lists all"
@@ -39,6 +41,19 @@ def models(settings: Models = Models()) -> list[Released]:
         for row in rows:
             print(json.dumps({**asdict(row), "url": row.url}))
         return rows
+    if rows:
+        show(rows)
+    if sizes:
+        names = textwrap.fill(", ".join(sizes), 96, break_on_hyphens=False)
+        print(
+            "\nSizes, without weights, that finetune -m and pretrain -m begin from nothing:\n"
+            f"{textwrap.indent(names, '  ')}\n`beit info NAME` describes one."
+        )
+    return rows
+
+
+def show(rows: list[Released]) -> None:
+    """Print the table, and what to do with it."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 100  # whole names for grep and less
@@ -50,7 +65,6 @@ def models(settings: Models = Models()) -> list[Released]:
         "It is downloaded once, from the hub folder below its name. -m hub:owner/name[@revision] takes\n"
         "any other. By hand: download the file (`beit models NAME --json` has its address), give its path."
     )
-    return rows
 
 
 def example_of(rows: list[Released]) -> str:

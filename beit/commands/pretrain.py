@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -21,12 +22,12 @@ from torch import Tensor, nn
 
 from beit import distributed
 from beit.augment import Filter, TwoViews, normalise, to_unit
-from beit.checkpoints import load_model, load_tokenizer, save
+from beit.checkpoints import AnyTokenizer, load_model, load_tokenizer, save
 from beit.data import ImageSource, Loader, open_source, sample_rng
 from beit.features import default_layer
 from beit.flops import peak_flops, training_flops
 from beit.handover import hand_over
-from beit.hub import is_size
+from beit.hub import HubError, is_size, other_names
 from beit.image import HALF, IMAGENET_MEAN, IMAGENET_STD, BadImage, OpenImage
 from beit.masking import sample_mask, sample_random_mask
 from beit.metrics import codebook_use
@@ -171,7 +172,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     """This process's share of it; returns the last logged numbers."""
     source = open_source(settings.data)
     pixels = str(settings.tokenizer) == "pixels"
-    tokenizer = PixelTargets() if pixels else load_tokenizer(settings.tokenizer)
+    tokenizer = open_tokenizer(settings.tokenizer)
     hash_of_tokenizer = "pixels" if pixels else weights_hash(tokenizer)
     if settings.tokenizer_fp16:
         if not isinstance(tokenizer, DalleTokenizer):
@@ -346,11 +347,20 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     return last
 
 
+def open_tokenizer(place: Path) -> AnyTokenizer | PixelTargets:
+    """What says what is to be guessed: a trained tokenizer or, by the word pixels, the pixels."""
+    if str(place) == "pixels":
+        return PixelTargets()
+    if not place.exists() and difflib.get_close_matches(str(place), ["pixels"]):
+        raise HubError(f"{place} does not exist; did you mean the word pixels?")
+    return load_tokenizer(place)
+
+
 def starting_model(settings: Pretrain, vocab_size: int) -> BeitForMaskedImageModeling:
     """A fresh encoder of a named size, or the encoder of a trained model; both to guess V tokens."""
     torch.manual_seed(settings.seed)
     if is_size(settings.model):
-        config, start = variant(settings.model).for_pretraining(vocab_size), None
+        config, start = variant(settings.model, other_names()).for_pretraining(vocab_size), None
     else:
         start = load_model(settings.model, dtype=torch.float32)
         config = replace(start.config, use_mask_token=True, vocab_size=vocab_size, num_classes=0)

@@ -319,7 +319,10 @@ def test_a_folder_that_is_no_model_ends_with_5(
     (tmp_path / "unfinished" / "run.toml").write_text('command = "Pretrain"\n')
     for place, cause in (
         (tmp_path / "unfinished", "has not finished; give its command again"),
-        (tokenizer.folder, "not a BEiT encoder or a plain ViT; give it as --tokenizer"),
+        (
+            tokenizer.folder,
+            "not a BEiT encoder or a plain ViT; it is what `beit pretrain DATA --tokenizer` takes",
+        ),
         (shapes, "has no config.json"),
     ):
         options = {**short, "model": place, "out": tmp_path / "run"}

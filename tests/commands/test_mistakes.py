@@ -332,6 +332,19 @@ MISTAKES: dict[str, Mistake] = {
         lambda p: ["pretrain", p.data, "--tokenizer", p.mine / "t", "-o", p.out], 5,
         ("t does not exist", "check the path"),
     ),
+    "pretrain: a misspelt word for pixels": Mistake(
+        lambda p: ["pretrain", p.data, "--tokenizer", "pixel", "-o", p.out], 5, ("the word pixels?",)
+    ),
+    "finetune: a misspelt released model": Mistake(
+        finetune(good, "-m", "beit_base_patch16_224_pt22k_ft2k"), 2, ("_pt22k_ft22k or",)
+    ),
+    "finetune: an exported graph as the model": Mistake(
+        finetune(good, "-m", lambda p: p.file("flowers.xml", "<?xml")), 5,
+        ("is an exported graph", "the run's folder"),
+    ),
+    "classify: a size": Mistake(
+        lambda p: ["classify", p.data, "-m", "beit_mini_patch8_32"], 5, ("is a size", "no weights")
+    ),
     "pretrain: a classifier as the tokenizer": Mistake(
         lambda p: ["pretrain", p.data, "--tokenizer", p.classifier, "-o", p.out], 5, ("tokenizer",)
     ),

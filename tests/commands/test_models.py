@@ -15,6 +15,7 @@ from conftest import ENVIRONMENT, Cli
 
 from beit.cli import app
 from beit.hub import RELEASED, is_remote
+from beit.model import VARIANTS
 
 
 def test_every_model_is_listed_whole_in_100_columns(cli: Cli) -> None:
@@ -51,6 +52,17 @@ def test_a_filter_looks_at_name_hub_folders_and_task(cli: Cli, filter_: str, hol
     assert len(listed) < len(RELEASED) / 2
     for row in rows:
         assert filter_.lower() in json.dumps(row).lower()
+
+
+def test_sizes_are_listed_apart_with_what_begins_from_them(cli: Cli) -> None:
+    code, out, err = cli("models")
+    assert (code, err) == (0, "")
+    for name in VARIANTS:
+        assert name in out.split("Sizes, without weights")[1]
+    code, out, _ = cli("models", "tiny_patch8")
+    assert code == 0
+    assert "  beit_tiny_patch8_64\n" in out
+    assert "licence" not in out
 
 
 def test_a_filter_that_nothing_passes_is_an_error(cli: Cli) -> None:
