@@ -94,10 +94,14 @@ class Manifest:
     def differences(self, wanted: dict[str, Any]) -> list[str]:
         """What is wanted otherwise, in words. `model` may change: its hash says what it is."""
         ours = asdict(self)
+        words = {
+            "pictures_sha256": "the pictures are others, or in other places",
+            "model_sha256": f"the weights of {wanted.get('model')} are others",
+        }
         return [
-            f"{key} was {ours[key]}, now {value}"
+            words.get(key, f"{key} was {ours[key]}, now {value}")
             for key, value in wanted.items()
-            if key != "model" and ours[key] != value
+            if key not in ("model", "image_spec_sha256") and ours[key] != value
         ]
 
 

@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -185,7 +186,7 @@ class Run:
     """
 
     def __init__(self, out: Path, settings: Any, overwrite: bool = False) -> None:
-        self.out = Path(out)
+        self.out, self._settings = Path(out), settings
         self.metrics_file = self.out / "metrics.jsonl"
         self.checkpoints = self.out / "checkpoints"
         self.latest = ""  # the last logged numbers, for people
@@ -230,6 +231,11 @@ class Run:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RunError(f"{file} is not TOML: {error}; --overwrite begins again") from error
         now = tomllib.loads(to_toml(described))
+        if before.get("command") != now["command"]:
+            raise RunError(
+                f"{self.out} holds a run of beit {as_typed(before.get('command'))}, and this is beit "
+                f"{as_typed(now['command'])}; choose another --out, or give --overwrite to begin again"
+            )
         resolved = self.out / "resolved.toml"
         known = tomllib.loads(resolved.read_text(encoding="utf-8")) if resolved.exists() else {}
         moved = {key for key in paths if f"{key}_hash" in known}  # `begin` compares what lies there
@@ -267,8 +273,11 @@ class Run:
             write_atomically(file, text.encode())
             return
         before = tomllib.loads(file.read_text(encoding="utf-8"))
-        changed = {key: f"{key} was {before[key]}, now {now[key]}" for key in now if key in before}
-        changed = {key: words for key, words in changed.items() if before[key] != now[key]}
+        changed = {
+            key: self._in_words(key, before[key], now[key])
+            for key in now
+            if key in before and before[key] != now[key]
+        }
         wrong = [words for key, words in changed.items() if key in same]
         if wrong:
             raise RunError(
@@ -277,6 +286,16 @@ class Run:
             )
         for words in changed.values():
             print(f"{self.out.name}: goes on though {words}", file=sys.stderr)
+
+    def _in_words(self, key: str, before: Any, now: Any) -> str:
+        """What changed; of a hash, which says nothing to people, what it stands for."""
+        name, settings = key.removesuffix("_hash"), vars(self._settings)
+        if name == key:
+            return f"{key} was {before}, now {now}"
+        if name == "data":
+            places = [str(settings[name]) for name in ("data", "val") if settings.get(name)]
+            return f"{' or '.join(places)} holds other pictures now"
+        return f"{settings.get(name)} is another {name} now"
 
     @property
     def finished(self) -> bool:
@@ -845,6 +864,11 @@ def tell_settings(settings: Any) -> None:
     """Print a command's settings, as they stand in run.toml, on stderr, once for all processes."""
     told = ", ".join(f"{k} {_toml_value(v)}" for k, v in describe_settings(settings).items())
     distributed.say(textwrap.fill(told, 108, break_long_words=False, break_on_hyphens=False))
+
+
+def as_typed(command: Any) -> str:
+    """A command as it is typed, by the name of its settings."""
+    return re.sub(r"\B[A-Z]", r"-\g<0>", str(command)).lower()
 
 
 def same_place(one: Any, other: Any) -> bool:

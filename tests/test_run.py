@@ -851,11 +851,13 @@ def test_a_folder_that_another_process_works_in_is_waited_for_and_refused(
 
 def test_another_command_is_refused(tmp_path: Path) -> None:
     @dataclass(frozen=True)
-    class Other:
+    class OtherWork:
         data: Path = Path("pictures")
 
-    Run(tmp_path / "run", Other())
-    with pytest.raises(RunError, match="command was 'Other', now 'Settings'"):
+    Run(tmp_path / "run", OtherWork())
+    with pytest.raises(
+        RunError, match=r"run holds a run of beit other-work, and this is beit settings; choose another"
+    ):
         Run(tmp_path / "run", Settings())
 
 
@@ -869,7 +871,9 @@ def test_what_a_run_began_with_must_stay_and_what_may_change_is_said(
     assert capsys.readouterr().err == ""
     run.begin(same, {**told, "precision": "fp32"})
     assert capsys.readouterr().err == "run: goes on though precision was bf16, now fp32\n"
-    with pytest.raises(RunError, match=r"something else: data_hash was ab, now cd\. Put that back"):
+    with pytest.raises(
+        RunError, match=r"something else: pictures holds other pictures now\. Put that back"
+    ):
         run.begin({**same, "data_hash": "cd"}, told)
     Run(tmp_path / "run", Settings(), overwrite=True).begin({**same, "data_hash": "cd"}, told)
 
