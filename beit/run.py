@@ -192,6 +192,7 @@ class Run:
         self.latest = ""  # the last logged numbers, for people
         self._pace = _Pace()
         self._board: Any = None
+        self._progress: Progress | None = None
         distributed.on_main(lambda: self._open(settings, overwrite))
 
     def _open(self, settings: Any, overwrite: bool) -> None:
@@ -325,8 +326,15 @@ class Run:
                 self._board.add_scalar(key, value, step)
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Time in the loop that is not training's, such as a look at the model: it slows no pace."""
+    def apart(self, doing: str = "") -> Iterator[None]:
+        """Time in the loop that is not training's, such as a look at the model: it slows no pace.
+
+        doing: what takes it, told where it may take long.
+        """
+        if doing and self._progress is not None:
+            self._progress.tell(doing)
+        elif doing:
+            distributed.say(f"{self.out.name}: {doing}")
         began = time.perf_counter()
         yield
         self._pace.began += time.perf_counter() - began
@@ -485,7 +493,7 @@ class Run:
             saves_at.append(look_every)
         tried: list[int] = []  # the checkpoints that were gone back to
         self._pace = _Pace(batch_size, flops_per_image, peak_flops * distributed.size(), training)
-        progress = Progress(name, total, quiet=not distributed.is_main())
+        self._progress = progress = Progress(name, total, quiet=not distributed.is_main())
 
         def rescue(code: int) -> int | None:
             with frame.lock:
@@ -554,6 +562,7 @@ class Run:
             if stop:  # it came while the last step was saved
                 raise Stopped(stop.exit_code, stopped_at(training.step, total))
         finally:
+            self._progress = None
             close(ahead)
 
     def _is_saved(self, step: int) -> bool:
@@ -927,6 +936,13 @@ class Progress:
             pace = (self.last_line - self.started) / max(done - self.first, 1)
             left = f"{pace * (self.total - done):.0f} s left, " if done > self.first else ""
             print(f"{self.label} {done}/{self.total}, {left}{text}", file=sys.stderr)
+
+    def tell(self, text: str) -> None:
+        """What takes the time now."""
+        if self.bar is not None:
+            self.bar.update(self.task, text=text)
+        elif not self.quiet:
+            print(f"{self.label}: {text}", file=sys.stderr)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -1143,6 +1143,26 @@ def test_the_time_until_the_first_step_says_nothing_of_the_pace(
     ]  # fmt: skip
 
 
+def test_what_takes_long_beside_the_training_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    training = train(tmp_path / "run", total=3)
+    training.poison = lambda training, _: watch(training)
+    training.poison_steps = {1}
+
+    def watch(training: Training) -> float:
+        with training.run.apart("probing it"):
+            pass
+        with training.run.apart():
+            pass
+        return 1.0
+
+    training.go()
+    with training.run.apart("the last probe"):
+        pass
+    assert capfd.readouterr().err == "run: probing it\nrun: the last probe\n"
+
+
 def test_quiet_progress_is_silent(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -483,7 +483,10 @@ def look(
                 raise
             distributed.say(f"the look at step {step} failed, and the training goes on: {error}")
 
-    with run.apart():
+    doing = ""
+    if probe and watch.train is not None and watch.test is not None:
+        doing = f"probing it at step {step:,} on {len(watch.train) + len(watch.test):,} pictures"
+    with run.apart(doing):
         distributed.on_main(guarded)
 
 

@@ -32,7 +32,7 @@ from beit.optim import adamw, cosine_schedule, param_groups, update
 from beit.precision import Precision, autocast, resolve_precision
 from beit.ranges import CropScale, Share
 from beit.report import Page
-from beit.run import Run, read_metrics, surroundings, tell_settings
+from beit.run import Progress, Run, read_metrics, surroundings, tell_settings
 from beit.split import data_hash
 from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig
 from beit.visualize import img_tag, line_chart, png_bytes, strip, to_bytes
@@ -231,7 +231,9 @@ def finish(
 ) -> dict[str, float]:
     """Judge the tokenizer, save it, and say how good it is."""
     out = settings.out
-    result = look(settings, tokenizer, teacher, source, steps, most=4096)
+    most = min(len(source), 4096, max(256, steps * settings.batch_size))
+    with Progress("judging", most) as progress:
+        result = look(settings, tokenizer, teacher, source, steps, most, progress)
     save_tokenizer(tokenizer, out, {**result, "pictures": len(source), "seed": settings.seed})
     print(
         f"{out}: {result['live_codes']:.1%} of {settings.vocab_size} codes alive, perplexity "
@@ -259,10 +261,11 @@ def look(
     source: ImageSource,
     step: int,
     most: int = 256,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Judge the tokenizer on up to `most` pictures and write its page, now and then while it trains."""
     training, device = tokenizer.training, next(tokenizer.parameters()).device
-    use, error, sheet = judge(tokenizer.eval(), teacher, source, device, most)
+    use, error, sheet = judge(tokenizer.eval(), teacher, source, device, most, progress)
     tokenizer.train(training)
     quality = in_words(tokenizer, error)
     result = {"live_codes": use.live, "perplexity": use.perplexity, **quality, "steps": step}
@@ -457,6 +460,7 @@ def judge(
     source: ImageSource,
     device: torch.device,
     most: int,
+    progress: Progress | None = None,
 ) -> tuple[CodebookUse, float, list[list[np.ndarray]]]:
     """Code use and error over up to `most` whole pictures, and a sheet: originals over reconstructions.
 
@@ -488,6 +492,8 @@ def judge(
             patches.index_add_(0, token_ids.flatten(), rows)
         error += float(wrong.sum())
         shown.append((images[0], token_ids[0]))
+        if progress is not None:
+            progress.update(seen)
     some = [shown[i] for i in np.linspace(0, len(shown) - 1, min(10, len(shown))).astype(int)]
     if isinstance(tokenizer, VQKD):
         tokenizer.mean_patches = mean_patches(patches, counts)

@@ -62,6 +62,8 @@ def test_looks_tell_whether_it_works_and_change_no_weight(
         tmp_path / "run", "pretrain", shapes / "train", **options, look_epochs=6, probe_layers=(2, 4)
     )
     same_weights(done, pretrained)
+    count = len(list(shapes.rglob("*.png")))
+    assert f"run: probing it at step 0 on {count} pictures" in done.said
     looks = json.loads((done.folder / "looks.json").read_text())
     epoch = len(list((shapes / "train").rglob("*.png"))) // 12
     assert [look["step"] for look in looks] == [*range(0, 60, 6 * epoch), 60]

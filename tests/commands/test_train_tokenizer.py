@@ -104,6 +104,17 @@ def test_the_page_is_made_while_it_trains(
     assert looks == list(range(2, 21, 2))
 
 
+def test_a_short_training_is_not_judged_for_hours(tmp_path: Path) -> None:
+    """On as many pictures as it saw, or 256."""
+    (tmp_path / "data").mkdir()
+    for number in range(270):
+        Image.new("RGB", (32, 32), (number % 256, 0, 0)).save(tmp_path / "data" / f"{number}.png")
+    for steps, judged in ((1, 256), (30, 270)):
+        out = tmp_path / f"{steps}"
+        run(out, "train-tokenizer", tmp_path / "data", steps=steps, **TOKENIZER)
+        assert f"What came over {judged} pictures" in (out / "report.html").read_text()
+
+
 def test_info_tells_of_its_health(tokenizer: Done, cli: Cli) -> None:
     facts = json.loads(cli("info", tokenizer.folder, json=True)[1])
     live, perplexity, quality = facts["health"]
