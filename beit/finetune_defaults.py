@@ -48,7 +48,6 @@ def chosen(given: Mapping[str, Any], data: Labelled, depth: int | None = None) -
         raise ValueError("--method best compares on validation pictures; give --val, or a --val-share")
     found: dict[str, Any] = {
         "model": model,
-        "out": Path(f"{run_name(given['data'])}.run"),
         "method": method,
     }
     if method != "head":

@@ -21,6 +21,7 @@ from beit.split import MOST_LOOKED_AT, Divided, divide, take
 from beit.split import SEPARATOR as SEPARATOR
 
 NOT_LOOKED_FOR = f"nearly equal pictures are not looked for among more than {MOST_LOOKED_AT:,}"
+ENOUGH = 20  # validation pictures; the accuracy on fewer says little
 MANY = 5_000  # pictures; from here on a tenth of them validates, below a fifth
 
 
@@ -68,6 +69,11 @@ class Labelled(NamedTuple):
             said.append(
                 f"{count:,} of {len(self.train.source) + count:,} pictures are held out to validate on, "
                 f"of each class its share, {copies} together; split.csv names them"
+            )
+        if self.val is not None and len(self.val.source) < ENOUGH:
+            said.append(
+                f"validation pictures: {len(self.val.source)}, so their accuracy says little: each is "
+                f"{1 / len(self.val.source):.0%} of it; hold out more by --val-share, or give some by --val"
             )
         for rare, number, meant in self._misspelt():
             pictures = "1 picture" if number == 1 else f"{number} pictures"

@@ -196,7 +196,6 @@ class Run:
         distributed.on_main(lambda: self._open(settings, overwrite))
 
     def _open(self, settings: Any, overwrite: bool) -> None:
-        described = describe_settings(settings)
         file = self.out / "run.toml"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -206,12 +205,11 @@ class Run:
                     if path != file:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                 file.unlink()
-            # A process killed while it wrote its settings leaves a part of them beside.
-            if any(not path.name.startswith(".run.toml.") for path in self.out.iterdir()):
-                paths = {key for key, value in vars(settings).items() if isinstance(value, Path)}
-                self._check_same(described, paths)
+            if is_in_use(self.out):
+                for moved in check_same(self.out, settings):
+                    print(f"{self.out.name}: {moved}", file=sys.stderr)
             else:
-                write_atomically(file, to_toml(described).encode())
+                write_atomically(file, to_toml(describe_settings(settings)).encode())
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise CannotWrite(
@@ -222,42 +220,6 @@ class Run:
         if os.name == "posix":
             place = os.path.realpath(self.out)
             self._lock = _held[place] = _held.get(place) or _Lock(self.out)
-
-    def _check_same(self, described: dict[str, Any], paths: set[str]) -> None:
-        file = self.out / "run.toml"
-        if not file.exists():
-            raise RunError(f"{self.out} is not empty and holds no run; choose another --out")
-        try:
-            before = tomllib.loads(file.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RunError(f"{file} is not TOML: {error}; --overwrite begins again") from error
-        now = tomllib.loads(to_toml(described))
-        if before.get("command") != now["command"]:
-            raise RunError(
-                f"{self.out} holds a run of beit {as_typed(before.get('command'))}, and this is beit "
-                f"{as_typed(now['command'])}; choose another --out, or give --overwrite to begin again"
-            )
-        resolved = self.out / "resolved.toml"
-        known = tomllib.loads(resolved.read_text(encoding="utf-8")) if resolved.exists() else {}
-        moved = {key for key in paths if f"{key}_hash" in known}  # `begin` compares what lies there
-        changed = [
-            f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if key not in FREE_SETTINGS | moved
-            and before.get(key) != now.get(key)
-            and not (key in paths and same_place(before.get(key), now.get(key)))
-        ]
-        for key in sorted(moved):
-            if not same_place(before.get(key), now.get(key)):
-                print(
-                    f"{self.out.name}: {key} was {before.get(key)!r}, now {now.get(key)!r}",
-                    file=sys.stderr,
-                )
-        if changed:
-            raise RunError(
-                f"{self.out} holds a run with other settings ({'; '.join(changed)}). "
-                "Use the same settings to go on with it, --overwrite to begin again, or another --out"
-            )
 
     def begin(self, same: Mapping[str, Any], told: Mapping[str, Any]) -> None:
         """Keep what the settings came to, or hold it against what a run that goes on began with.
@@ -771,6 +733,63 @@ def step_of(folder: Path) -> int:
 def stopped_at(step: int, total: int) -> str:
     """What is said at the end of a run that was asked to stop."""
     return f"stopped and saved at step {step} of {total}; give the same command to go on"
+
+
+def check_folder(out: Path, settings: Any, overwrite: bool) -> None:
+    """Refuse a folder that `Run` would refuse, before any work. All processes call it.
+
+    Settings that may be chosen later, being None, are not compared. Raises RunError.
+    """
+
+    def check() -> None:
+        begins_again = overwrite and (out / "run.toml").exists()
+        if out.is_dir() and is_in_use(out) and not begins_again:
+            check_same(out, settings, complete=False)
+
+    distributed.on_main(check)
+
+
+def is_in_use(out: Path) -> bool:
+    """Whether a run folder holds anything; not counted is what a process killed at its beginning left."""
+    return any(not path.name.startswith(".run.toml.") for path in out.iterdir())
+
+
+def check_same(out: Path, settings: Any, complete: bool = True) -> list[str]:
+    """Hold settings against those that a folder's run has; returns, in words, which paths have moved.
+
+    complete: whether what only one of them has is compared too. Raises RunError.
+    """
+    file = out / "run.toml"
+    if not file.exists():
+        raise RunError(f"{out} is not empty and holds no run; choose another --out")
+    try:
+        before = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{file} is not TOML: {error}; --overwrite begins again") from error
+    now = tomllib.loads(to_toml(describe_settings(settings)))
+    if before.get("command") != now["command"]:
+        raise RunError(
+            f"{out} holds a run of beit {as_typed(before.get('command'))}, and this is beit "
+            f"{as_typed(now['command'])}; choose another --out, or give --overwrite to begin again"
+        )
+    paths = {key for key, value in vars(settings).items() if isinstance(value, Path)}
+    resolved = out / "resolved.toml"
+    known = tomllib.loads(resolved.read_text(encoding="utf-8")) if resolved.exists() else {}
+    moved = {key for key in paths if f"{key}_hash" in known}  # `begin` compares what lies there
+    changed = {
+        key: f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys() if complete else before.keys() & now.keys())
+        if key not in FREE_SETTINGS
+        and before.get(key) != now.get(key)
+        and not (key in paths and same_place(before.get(key), now.get(key)))
+    }
+    if changed.keys() - moved:
+        told = "; ".join(words for key, words in changed.items() if key not in moved)
+        raise RunError(
+            f"{out} holds a run with other settings ({told}). "
+            "Use the same settings to go on with it, --overwrite to begin again, or another --out"
+        )
+    return list(changed.values())
 
 
 def close(iterator: Iterator[Any]) -> None:

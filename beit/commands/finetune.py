@@ -26,7 +26,7 @@ from beit.classifier_report import Answers
 from beit.criterion import Criterion, class_weights, right_of
 from beit.data import BadImages, Loader, open_source
 from beit.engine import Engine
-from beit.finetune_defaults import RELEASED, chosen
+from beit.finetune_defaults import RELEASED, chosen, run_name
 from beit.finetune_report import write_report
 from beit.flops import peak_flops, training_flops
 from beit.frozen import FrozenClassifier, frozen_classifier
@@ -39,7 +39,7 @@ from beit.model import Beit, BeitForImageClassification, variant
 from beit.optim import EMA, adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
 from beit.ranges import AboveZero, BelowOne, CropScale, Magnitude, Share
-from beit.run import Run, describe_settings, surroundings
+from beit.run import Run, check_folder, describe_settings, surroundings
 from beit.split import data_hash, write_split
 from beit.validation import Validation, logits_of, score
 
@@ -157,17 +157,21 @@ def finetune(settings: Finetune) -> dict[str, Any]:
 
 def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
     """This process's share of it; returns the numbers of the finished model."""
+    out = settings.out or Path(f"{run_name(settings.data)}.run")
+    settings = replace(settings, out=out)
     open_source(settings.data, labelled=True)  # refuses what is none, before anything is waited for
+    check_folder(out, settings, settings.overwrite)  # and so does this
     start = load_start(settings)
     data = open_labelled(
         settings.data, settings.val, settings.val_share, settings.seed, settings.workers
     )
     settings = choose(settings, data, None if start is None else start.config.depth)
-    assert settings.out is not None
-    if settings.method != "head":
-        length_of(settings, len(data.train.source))  # refuses what is none, before it begins
+    if settings.method != "head":  # refuses what cannot be, before it begins
+        assert settings.batch_size
+        length_of(settings, len(data.train.source))
+        distributed.accumulation(settings.batch_size, settings.device_batch_size)
     model = starting_model(settings, start, data.classes).to(device)
-    run = Run(settings.out, settings, settings.overwrite)
+    run = Run(out, settings, settings.overwrite)
     pictures = {"train": len(data.train.source), "val": len(data.val.source) if data.val else 0}
     run.begin(
         {**pictures, "data_hash": data_hash(data.everything, data.divided.looked)},
@@ -240,7 +244,7 @@ def choose(settings: Finetune, data: Labelled, depth: int | None) -> Finetune:
     for remark in data.remarks():
         distributed.say(remark)
     if new:
-        told = ", ".join(f"{name} {value}" for name, value in new.items() if name != "out")
+        told = ", ".join(f"{name} {value}" for name, value in new.items())
         count, classes = len(data.train.source), len(data.classes)
         distributed.say(f"chosen for {count:,} pictures of {classes} classes: {told}")
     if new.get("class_weights"):
@@ -335,8 +339,6 @@ def fit(
     view = view_of(settings, model)
     erase_and_mix = erasing_and_mixing(settings)
     rank, world = distributed.rank(), distributed.size()
-    # Refuses a batch that does not divide among the processes.
-    distributed.accumulation(settings.batch_size, settings.device_batch_size)
     loader = Loader.of_run(
         data.train.source, settings.batch_size, settings.seed, settings.workers, run.out,
         settings.max_bad_images, rank, world,

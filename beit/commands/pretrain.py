@@ -35,7 +35,7 @@ from beit.model import BeitForMaskedImageModeling, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
 from beit.ranges import AboveZero, BelowOne, CropScale, Share
-from beit.run import Run, Stopped, surroundings, tell_settings, weights_hash
+from beit.run import Run, Stopped, check_folder, surroundings, tell_settings, weights_hash
 from beit.split import data_hash
 from beit.tokenizer import DalleTokenizer, PixelTargets, Tokenizer
 from beit.visualize import hide_patches, mark_patches, strip, to_bytes
@@ -171,6 +171,7 @@ def pretrain(settings: Pretrain) -> dict[str, float]:
 def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     """This process's share of it; returns the last logged numbers."""
     source = open_source(settings.data)
+    check_folder(settings.out, settings, settings.overwrite)
     pixels = str(settings.tokenizer) == "pixels"
     tokenizer = open_tokenizer(settings.tokenizer)
     hash_of_tokenizer = "pixels" if pixels else weights_hash(tokenizer)

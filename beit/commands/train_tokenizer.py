@@ -32,7 +32,7 @@ from beit.optim import adamw, cosine_schedule, param_groups, update
 from beit.precision import Precision, autocast, resolve_precision
 from beit.ranges import CropScale, Share
 from beit.report import Page
-from beit.run import Progress, Run, read_metrics, surroundings, tell_settings
+from beit.run import Progress, Run, check_folder, read_metrics, surroundings, tell_settings
 from beit.split import data_hash
 from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig
 from beit.visualize import img_tag, line_chart, png_bytes, strip, to_bytes
@@ -122,6 +122,7 @@ def train_tokenizer(settings: TrainTokenizer) -> dict[str, float]:
 def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
     """This process's share of it; returns the quality of what came out."""
     source = open_source(settings.data)
+    check_folder(settings.out, settings, settings.overwrite)
     distributed.accumulation(settings.batch_size, settings.device_batch_size)  # refuses what cannot be
     torch.manual_seed(settings.seed)
     tokenizer, teacher = build(settings, device)

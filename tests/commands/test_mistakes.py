@@ -220,6 +220,23 @@ MISTAKES: dict[str, Mistake] = {
     "finetune: a run of other settings there": Mistake(
         finetune(good, "-o", other_run), 2, ("lr was 7.0", "--overwrite")
     ),
+    "finetune: a folder of other things, before the model is read": Mistake(
+        finetune(good, "-m", "no/model", "-o", thesis), 2, ("holds no run",)
+    ),
+    "finetune: a run of other settings, before the model is read": Mistake(
+        finetune(good, "-m", "no/model", "--lr", 1, "-o", other_run), 2, ("lr was 7.0, now 1.0",)
+    ),
+    "pretrain: a run of another command, before the tokenizer is read": Mistake(
+        lambda p: ["pretrain", p.data, "--tokenizer", p.mine / "t", "-o", other_run(p)], 2,
+        ("holds a run of beit finetune, and this is beit pretrain",),
+    ),
+    "train-tokenizer: a run of another command, before the teacher is read": Mistake(
+        lambda p: ["train-tokenizer", p.data, "--teacher", p.mine / "t", "-o", other_run(p)], 2,
+        ("holds a run of beit finetune, and this is beit train-tokenizer",),
+    ),
+    "finetune: hardly any validation pictures": Mistake(
+        finetune(good), 0, ("validation pictures: 3, so their accuracy says little", "--val-share")
+    ),
     "finetune: a file system that cannot be written": Mistake(
         finetune(good, "-o", "/proc/run"), 6, ("cannot write the run folder /proc/run",)
     ),
