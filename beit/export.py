@@ -223,10 +223,13 @@ def _check_max_size(model: Beit, max_size: int | None) -> int:
     if max_size is None:
         return 0
     usual, patch = max(model.config.image_height_width), model.config.patch_size
-    if max_size < max(usual, 2 * patch) or max_size % patch:
+    least = max(usual, 2 * patch)
+    if max_size < least or max_size % patch:
+        below = max(max_size // patch * patch, least)
+        nearest = f"{below} or {below + patch}" if max_size > least else f"{least}"
         raise ValueError(
-            f"max_size {max_size} is not a multiple of {patch} from {max(usual, 2 * patch)} on, "
-            "the model's own size"
+            f"max_size {max_size} is not a multiple of {patch} from {least} on, the model's own size; use "
+            f"{nearest}"
         )
     return max_size // patch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -19,3 +20,15 @@ def _in_order(_: Any, scale: tuple[float, float] | None) -> None:
 
 
 CropScale = Annotated[tuple[float, float], Parameter(validator=_in_order)]
+
+
+def _numbers(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
+    words = [word for token in tokens for word in token.value.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"{' '.join(words)} are not numbers from 1 on, such as 9 12 or 9,12")
+    return tuple(map(int, words))
+
+
+Numbers = Annotated[
+    tuple[int, ...], Parameter(consume_multiple=True, converter=_numbers, validator=Number(gt=0))
+]

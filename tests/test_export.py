@@ -313,8 +313,14 @@ def test_the_layers_that_cost_most_are_kept_out_of_int8(
         ({"to": "coreml", "file": "a.onnx"}, "'coreml' is not one of"),
         ({"precision": "int8"}, "8 or more.*0 were given"),
         ({"precision": "int8", "to": "torch", "file": "a.pt2"}, "int8 is written for"),
-        ({"max_size": 36}, "max_size 36 is not a multiple of 8 from 32 on"),
-        ({"max_size": 24}, "max_size 24 is not a multiple of 8 from 32 on"),
+        (
+            {"max_size": 36},
+            "36 is not a multiple of 8 from 32 on, the model's own size; use 32 or 40",
+        ),
+        (
+            {"max_size": 24},
+            "24 is not a multiple of 8 from 32 on, the model's own size; use 32",
+        ),
         ({"max_size": 64, "precision": "int8"}, "one size; leave out max_size"),
         ({"output": Output("masked")}, "guesses no tokens"),
         ({"output": Output("features", "mean", 3)}, "layers 0 to 2"),

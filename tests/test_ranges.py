@@ -23,6 +23,7 @@ BEYOND = [
     ("pretrain", "betas", (-0.5, 0.99)),
     ("pretrain", "color_jitter", -0.4),
     ("pretrain", "init_values", -0.1),
+    ("pretrain", "probe_layers", (9, 0)),
     ("finetune", "val_share", 1),
     ("finetune", "label_smoothing", 1),
     ("finetune", "layer_decay", 0),
@@ -59,3 +60,12 @@ def test_what_is_beyond_its_bounds_is_refused_from_flag_and_recipe(
 def test_the_bounds_themselves_are_taken(cli: Cli, name: str, value: object) -> None:
     code, _, err = cli("finetune", "nowhere", **{name: value})
     assert (code, "nowhere does not exist" in err) == (2, True)
+
+
+def test_numbers_stand_apart_or_with_commas_between(cli: Cli) -> None:
+    for several in ((9, 12), "9,12"):
+        code, _, err = cli("pretrain", "nowhere", out="run", tokenizer="t", probe_layers=several)
+        assert (code, "nowhere does not exist" in err) == (2, True)
+    code, _, err = cli("pretrain", "nowhere", out="run", tokenizer="t", probe_layers="9;12")
+    assert code == 2
+    assert "--probe-layers: 9;12 are not numbers from 1 on, such as 9 12 or 9,12" in err

@@ -31,6 +31,7 @@ from beit.engine import Engine, machine
 from beit.flops import forward_flops, measured_flops, measured_int8_operations
 from beit.graphs import installed, is_graph, multiplies_bf16, open_graph
 from beit.model import BeitConfig, BeitForImageClassification
+from beit.ranges import Numbers
 
 
 @Parameter(name="*")
@@ -39,7 +40,7 @@ class Bench:
     model: str
     """Model folder or file, hub:owner/name, a name that `beit models` lists, or a file of `beit export`."""
     _: KW_ONLY
-    batch_sizes: Annotated[tuple[PositiveInt, ...], Parameter(consume_multiple=True)] = (1, 4, 16)
+    batch_sizes: Numbers = (1, 4, 16)
     """Pictures that a model sees at once."""
     threads: PositiveInt | None = None
     """Of each runtime; its own choice if not given."""

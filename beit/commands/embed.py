@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -243,12 +244,19 @@ def write_missing(
     work: Work | None,
 ) -> None:
     """Load the model, begin the folder where there is none, and write the shards that are missing."""
+    is_new = not settings.out.exists()
     try:
         os.rmdir(make_scratch(settings.out))  # before minutes go into a folder that takes nothing
     except OSError as error:
         raise cannot_write(settings.out, error) from error
-    engine = open_engine(settings, held)
-    facts = wanted | facts_of(engine, settings)
+    try:
+        engine = open_engine(settings, held)
+        facts = wanted | facts_of(engine, settings)
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # other processes may be in it already
+                os.rmdir(settings.out)
+        raise
     if held is None:
         held = begin(settings.out, Manifest(**facts)).manifest
         if (held.runtime, held.precision) != (engine.runtime, engine.precision):

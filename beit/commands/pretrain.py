@@ -34,7 +34,7 @@ from beit.metrics import codebook_use
 from beit.model import BeitForMaskedImageModeling, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
-from beit.ranges import AboveZero, BelowOne, CropScale, Share
+from beit.ranges import AboveZero, BelowOne, CropScale, Numbers, Share
 from beit.run import Run, Stopped, check_folder, surroundings, tell_settings, weights_hash
 from beit.split import data_hash
 from beit.tokenizer import DalleTokenizer, PixelTargets, Tokenizer
@@ -128,7 +128,7 @@ class Pretrain:
     probe_data: Path | None = None
     """Labelled pictures to probe the features with while it runs, up to 10,000 of train and 5,000 of val;
     where there is no val a fifth is held out."""
-    probe_layers: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = ()
+    probe_layers: Numbers = ()
     """Blocks to probe, counted from 1; the paper's, 9 of 12, and the last where none is named."""
     look_epochs: NonNegativeInt = 0
     """Epochs between looks: pictures of the guesses, probes, report.html. 0: pictures each epoch, in a run
