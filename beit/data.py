@@ -40,6 +40,7 @@ from beit.listing import (
     list_text,
     parts_of_csv,
 )
+from beit.plural import counted
 from beit.workers import load_ahead as load_ahead
 from beit.workers import load_in_processes, now_doing
 
@@ -211,7 +212,8 @@ def _list_folder(place: str, split: str) -> Listing:
     shards = listing.places.roots[1:]
     if len(listing.places):
         if shards:
-            print(f"{place}: {len(shards)} shards beside the pictures are left out", file=sys.stderr)
+            left = counted(len(shards), "shard")
+            print(f"{place}: left out {left} beside the pictures", file=sys.stderr)
         return listing
     if not shards:
         return listing
@@ -363,7 +365,8 @@ class BadImages:
         )
 
     def __str__(self) -> str:
-        return f"{len(self)} pictures could not be read and others took their places; see {self.file}"
+        count = counted(len(self), "picture")
+        return f"{count} could not be read, and others were taken instead; see {self.file}"
 
 
 # --- Batches -------------------------------------------------------------------------------------

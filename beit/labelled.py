@@ -17,6 +17,7 @@ import numpy as np
 
 from beit import distributed
 from beit.data import ImageSource, has_split, open_source
+from beit.plural import counted
 from beit.split import MOST_LOOKED_AT, Divided, divide, take
 from beit.split import SEPARATOR as SEPARATOR
 
@@ -76,8 +77,7 @@ class Labelled(NamedTuple):
                 f"{1 / len(self.val.source):.0%} of it; hold out more by --val-share, or give some by --val"
             )
         for rare, number, meant in self._misspelt():
-            pictures = "1 picture" if number == 1 else f"{number} pictures"
-            said.append(f"class {rare} has {pictures}; is it a misspelt {meant}?")
+            said.append(f"class {rare} has {counted(number, 'picture')}; is it a misspelt {meant}?")
         leaks = self.divided.across(self.divided.near)
         if leaks:
             val = set(self.divided.val.tolist())

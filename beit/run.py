@@ -24,7 +24,7 @@ import textwrap
 import threading
 import time
 from collections import ChainMap, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -888,9 +888,13 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def tell_settings(settings: Any) -> None:
-    """Print a command's settings, as they stand in run.toml, on stderr, once for all processes."""
-    told = ", ".join(f"{k} {_toml_value(v)}" for k, v in describe_settings(settings).items())
+def tell_settings(settings: Any, unused: Collection[str] = ()) -> None:
+    """Print a command's settings, as they stand in run.toml, on stderr, once for all processes.
+
+    unused: those that have no part in it, and are left out.
+    """
+    described = {k: v for k, v in describe_settings(settings).items() if k not in unused}
+    told = ", ".join(f"{k} {_toml_value(v)}" for k, v in described.items())
     distributed.say(textwrap.fill(told, 108, break_long_words=False, break_on_hyphens=False))
 
 

@@ -213,7 +213,7 @@ def test_pictures_come_before_stray_shards_which_are_mentioned(
     (tmp_path / "cat" / "1.png").write_bytes(png(1))
     write_tar(tmp_path / "download.tar", {"a.jpg": png(2)})
     assert shown(open_source(tmp_path)) == [1]
-    assert "1 shards beside the pictures are left out" in capsys.readouterr().err
+    assert "left out 1 shard beside the pictures" in capsys.readouterr().err
 
 
 # --- Parquet -------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from beit.engine import Engine, Entry, Precision, Runtime
 from beit.graphs import EmbedPooling
 from beit.hub import resolve
 from beit.listing import list_names
+from beit.plural import counted
 from beit.stop import stop_at_once
 
 if TYPE_CHECKING:
@@ -292,7 +293,8 @@ def write_missing(
         folder.close()
     seconds = time.monotonic() - began
     if done:
-        print(f"{done:,} pictures in {seconds:.1f} s, {done / seconds:.1f} a second", file=sys.stderr)
+        count = counted(done, "picture")
+        print(f"{count} in {seconds:.1f} s, {done / seconds:.1f} a second", file=sys.stderr)
 
 
 def open_engine(settings: Embed, held: Manifest | None) -> Engine:
@@ -384,8 +386,10 @@ def finish(settings: Embed, part: int, parts: int) -> int:
     bad = sum(len(seal.bad) for seal in seals.values())
     shards, shape = folder.manifest.shards, " x ".join(map(str, folder.manifest.shape))
     whole = len(seals) == shards
-    left = "" if whole else f"; {shards - len(seals)} shards are left to other parts than {part}/{parts}"
-    print(f"{settings.out}: {rows:,} vectors of {shape} in {len(seals)} shards{left}", file=sys.stderr)
+    told = f"{counted(rows, 'vector')} of {shape} in {counted(len(seals), 'shard')}"
+    if not whole:
+        told += f"; {counted(shards - len(seals), 'shard')} left to other parts than {part}/{parts}"
+    print(f"{settings.out}: {told}", file=sys.stderr)
     # torchrun ends all processes when one ends with a code, so there only the last ones tell.
     if bad and (whole or "TORCHELASTIC_RUN_ID" not in os.environ):
         total = folder.manifest.pictures

@@ -21,6 +21,7 @@ from beit.export import export as write_graph
 from beit.graphs import SUFFIX_OF, EmbedPooling, Kind, Output
 from beit.hub import resolve, sha256_of
 from beit.image import BadImage, ImageSpec, preprocess
+from beit.plural import counted
 
 
 @Parameter(name="*")
@@ -99,7 +100,7 @@ def some_pictures(place: Path, count: int, spec: ImageSpec) -> list[np.ndarray]:
         with suppress(BadImage):
             found.append(preprocess(source.read(int(index)), spec))
     if len(found) < len(chosen):
-        print(f"{len(chosen) - len(found)} pictures could not be read", file=sys.stderr)
+        print(f"{counted(len(chosen) - len(found), 'picture')} could not be read", file=sys.stderr)
     return found
 
 

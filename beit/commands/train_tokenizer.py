@@ -39,6 +39,11 @@ from beit.visualize import img_tag, line_chart, png_bytes, strip, to_bytes
 from beit.vqkd import VQKD, VQKDConfig, mean_patches, patch_pixels
 
 Teacher = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) in [0, 1] -> (B, L, T), a row a token
+# Of each kind, the settings of the other.
+NOT_OF = {
+    "dvae": ("teacher", "model", "decoder_depth"),
+    "vqkd": ("hidden_dim", "num_layers", "quantizer"),
+}
 
 
 @Parameter(name="*")
@@ -154,7 +159,7 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
             yield [picture for _, picture in samples]
 
     every = max(1, total // 10)
-    tell_settings(settings)
+    tell_settings(settings, NOT_OF[settings.kind])
     run.begin(
         {
             "pictures": len(source), "data_hash": data_hash([source], None), "steps": total,

@@ -25,6 +25,7 @@ from beit.data import SomeSkipped
 from beit.embeddings import Embeddings, unit
 from beit.engine import Engine
 from beit.model import BeitConfig, BeitForImageClassification
+from beit.plural import counted
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
 
@@ -236,7 +237,7 @@ def test_three_parts_make_what_one_run_makes(
         words = {"model": model, "out": out, "shard_size": 6, "batch_size": 4, "part": part}
         code, _, err = cli("embed", photos, **words)
         assert code == 0
-        assert (f"{left} shards are left to other parts than {part}" in err) == (left > 0)
+        assert (f"{counted(left, 'shard')} left to other parts than {part}" in err) == (left > 0)
     assert bytes_of(out) == unbroken
 
 
