@@ -7,9 +7,12 @@ import errno
 import glob
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+NO_ROOM_OR_RIGHTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+CURE = "make room or choose another place"
 
 
 class CannotWrite(ValueError):
@@ -30,8 +33,12 @@ def not_there(place: str | Path) -> str:
     return f"{place} does not exist; {cure}"
 
 
-def check_place(file: Path | None) -> None:
-    """Raise CannotWrite for a file that cannot be, before any work is done for it."""
+def check_place(file: Path | None, inputs: Iterable[str | Path] = (), ending: str = "") -> None:
+    """Raise CannotWrite for a file that cannot be, before any work is done for it.
+
+    inputs: what the command reads, which it may not write over. ending: the one that tells what is written;
+        ValueError for another.
+    """
     if file is None:
         return
     if not file.parent.is_dir():
@@ -41,6 +48,12 @@ def check_place(file: Path | None) -> None:
     folder = target_of(file).parent
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CannotWrite(f"cannot write {file}: {folder} may not be written; name another place")
+    if file.exists() and any(os.path.exists(place) and file.samefile(place) for place in inputs):
+        raise CannotWrite(f"cannot write {file}: it is what the command reads; name another file")
+    if file.suffix != ending and ending:
+        raise ValueError(
+            f"{file} must end in {ending}, which is what is written; name {file.stem}{ending}"
+        )
 
 
 def target_of(file: Path) -> Path:
@@ -60,19 +73,32 @@ def write_atomically(file: Path, content: bytes) -> None:
 def write_together(folder: Path, contents: dict[str, bytes]) -> None:
     """Replace files of a folder, in this order, once the disk holds all of them.
 
-    What fails before, a full disk above all, leaves every old file as it was and nothing beside them.
+    What fails before, a full disk above all, leaves every old file as it was and nothing beside them; its
+    OSError has the name of the file.
     """
     targets = {name: target_of(folder / name) for name in contents}
     beside = {name: place_beside(target) for name, target in targets.items()}
     try:
         for name, content in contents.items():
-            beside[name].write_bytes(content)
-            flush(beside[name])
+            with naming(folder / name):
+                beside[name].write_bytes(content)
+                flush(beside[name])
         for name in contents:
             os.replace(beside[name], targets[name])
     finally:
         for left in beside.values():
             left.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Name a file in the OSError of a full or forbidden disk, which names none, or a hidden one beside."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM_OR_RIGHTS:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(file)) from error
 
 
 @contextmanager
@@ -88,10 +114,9 @@ def replacing(file: Path) -> Iterator[Path]:
         flush(beside)
         os.replace(beside, target)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        if error.errno not in NO_ROOM_OR_RIGHTS:
             raise
-        reason = os.strerror(error.errno)
-        raise CannotWrite(f"cannot write {file}: {reason}; make room or choose another place") from error
+        raise CannotWrite(f"cannot write {file}: {os.strerror(error.errno)}; {CURE}") from error
     finally:
         beside.unlink(missing_ok=True)
 

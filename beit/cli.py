@@ -18,11 +18,13 @@ from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict as Config
 
+from beit.atomic import CURE, NO_ROOM_OR_RIGHTS
+from beit.names import printable
 from beit.recipes import find_recipe, nearest, read_settings
 from beit.stop import stop_at_once
 
@@ -109,6 +111,16 @@ COMMANDS = {
     ),
 }
 
+# What Ctrl-C leaves of a command; those that are not here tell it themselves, or leave nothing to tell.
+STOPPED = {
+    **dict.fromkeys(TRAININGS, "what was saved is kept, give the same command to go on"),
+    **dict.fromkeys(("embed", "shard"), "whole shards are kept, give the same command to go on"),
+    **dict.fromkeys(
+        ("probe", "evaluate", "search", "check", "export", "bench", "bench-pretrain"),
+        "nothing is kept, give the same command to begin again",
+    ),
+}
+
 EPILOGUE = "\n".join(
     [
         "Examples:",
@@ -144,7 +156,15 @@ for _name, (_help, _example) in COMMANDS.items():
 def main() -> None:
     """Run one command and exit with its code. BEIT_DEBUG=1 shows where an error came from."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return run()
+        try:
+            run()
+        except SystemExit as end:
+            # Ctrl-C may leave the lock of a pool's semaphore held; its threads wait for it for ever, and
+            # Python for them.
+            if isinstance(end.__context__, KeyboardInterrupt):
+                leave(130)
+            raise
+        return
     code = 1
     try:
         run()
@@ -154,8 +174,14 @@ def main() -> None:
     except BaseException:
         traceback.print_exc()
     # One of torchrun's: its threads that talk to the others may abort an interpreter that ends.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process without its threads."""
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -175,8 +201,16 @@ def run() -> None:
             app.config = [start_from(words, *start)]
         trains = bool(words) and words[0] in TRAININGS
         with stop_at_once() if trains else nullcontext(), lasting_output() if trains else nullcontext():
-            app(words)
+            app(words, exit_on_error=False)
+    except CycloptsError:  # it has said what is wrong
+        command = f"beit {words[0]}" if words and words[0] in COMMANDS else "beit"
+        with suppress(OSError):
+            print(f"`{command} --help` tells more, with an example", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
+        if words and words[0] in STOPPED:
+            with suppress(OSError):
+                print(f"stopped; {STOPPED[words[0]]}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         drop_output()
@@ -188,7 +222,8 @@ def run() -> None:
         if code == 1 and not hasattr(error, "exit_code"):
             raise
         with suppress(OSError):  # nobody reads it; the code is told all the same
-            print(f"beit: {error}", file=sys.stderr)
+            lines = map(printable, words_of(error).split("\n"))
+            print("beit:", "\n".join(lines), file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:  # it was what failed
@@ -271,6 +306,29 @@ def exit_code(error: Exception) -> int:
     if hasattr(error, "exit_code"):
         return int(error.exit_code)
     if isinstance(error, OSError):
-        full_or_forbidden = ("ENOSPC", "EACCES", "EROFS", "EDQUOT", "EFBIG", "ENOTDIR", "EISDIR")
-        return 6 if errno.errorcode.get(error.errno or 0) in full_or_forbidden else 1
+        if error.errno not in (*NO_ROOM_OR_RIGHTS, errno.ENOTDIR, errno.EISDIR):
+            return 1
+        return 2 if is_unreadable(error) else 6
     return 2 if isinstance(error, ValueError) else 1
+
+
+def is_unreadable(error: OSError) -> bool:
+    """Whether an error is of reading: whoever writes has refused folders, and places without rights."""
+    place = error.filename
+    if error.errno == errno.EISDIR:
+        return True
+    if error.errno != errno.EACCES or place is None:
+        return False
+    if os.path.lexists(place):
+        return not os.access(place, os.R_OK)
+    return not os.access(os.path.dirname(place) or ".", os.X_OK)
+
+
+def words_of(error: Exception) -> str:
+    """What is told of an error; the system's own words name neither what was done nor a cure."""
+    code = exit_code(error)
+    if not isinstance(error, OSError) or code not in (2, 6):
+        return str(error)
+    what, cure = ("read", "check its rights, or the path") if code == 2 else ("write", CURE)
+    place = "" if error.filename is None else f" {error.filename}"
+    return f"cannot {what}{place}: {error.strerror or error}; {cure}"

@@ -13,7 +13,9 @@ Shapes: B batch, L patches, C classes, V vocabulary, D width.
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from beit.any_size import any_size
-from beit.atomic import flush, write_atomically
+from beit.atomic import flush, naming, write_atomically
 from beit.features import embed
 from beit.graphs import (
     SUFFIX_OF,
@@ -144,7 +146,8 @@ def export(
     about = describe(model, output, precision, model_sha256, max_size)
     inputs = _examples(model, output, pictures, most)
     traced = OutputOf(any_size(model, most), output).eval() if most else whole
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
+    beside = tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.")
+    with naming(file), beside as folder:
         made = Path(folder) / file.name
         # What is traced without gradients is decomposed without them. A fused kernel's order of memory,
         # which the ONNX writer takes over, is one that it cannot write where sizes are symbols.
@@ -273,7 +276,9 @@ def _trace(
 
 
 def _write_torch(program: Any, file: Path, about: About, half_size: bool) -> None:
-    torch.export.save(program, file, extra_files={"beit.json": about.to_json()})
+    stream = io.BytesIO()  # given a file on a full disk, torch aborts the process
+    torch.export.save(program, stream, extra_files={"beit.json": about.to_json()})
+    file.write_bytes(stream.getbuffer())
 
 
 def _write_onnx(program: Any, file: Path, about: About, half_size: bool) -> None:
@@ -296,7 +301,17 @@ def _write_openvino(program: Any, file: Path, about: About, half_size: bool) -> 
     graph = import_openvino().convert_model(program)
     _attention_in_parts(graph, about.config["embed_dim"] // about.config["num_heads"])
     graph.set_rt_info(about.to_json(), "beit")
-    import_openvino().save_model(graph, file, compress_to_fp16=half_size)
+    _save_openvino(graph, file, half_size)
+
+
+def _save_openvino(graph: Any, file: Path, half_size: bool) -> None:
+    try:
+        import_openvino().save_model(graph, file, compress_to_fp16=half_size)
+    except RuntimeError as error:
+        if "iostream" not in str(error):
+            raise
+        # It does not say why. Most often a full disk is it.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _attention_in_parts(graph: Any, head_dim: int) -> None:
@@ -569,7 +584,7 @@ def _quantise_openvino(
         )
     smaller.set_rt_info(about.to_json(), "beit")
     _halve_constants(smaller)
-    openvino.save_model(smaller, made, compress_to_fp16=False)
+    _save_openvino(smaller, made, half_size=False)
 
 
 def _halve_constants(graph: Any) -> None:

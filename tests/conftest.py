@@ -82,7 +82,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
     """`beit ...` in this process: (exit code, stdout, stderr in one line)."""
-    from beit.cli import main
+    from beit.cli import run
 
     def call(*words: str | Path, **options: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["beit", *command_line(*words, **options)])
@@ -91,7 +91,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         with warnings.catch_warnings():  # cyclopts finds it odd that a test gives sys.argv
             warnings.filterwarnings("ignore", "Cyclopts application invoked without tokens")
             try:
-                main()
+                run()
             except SystemExit as end:
                 code = int(end.code or 0)
         out, err = capfd.readouterr()

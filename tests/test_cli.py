@@ -15,6 +15,7 @@ import pytest
 from conftest import Cli
 
 import beit.cli
+import beit.listing
 from beit.atomic import CannotWrite
 from beit.checkpoints import CheckpointError
 from beit.cli import COMMANDS, app, exit_code, start_from
@@ -145,6 +146,7 @@ def test_a_process_answers_as_well(beit_process: object) -> None:
         (("classify", "cat.jpg", "-m", "m", "--tops", "3"), "--tops"),
         (("classify", "cat.jpg", "-m", "m", "--top", "many"), "many"),
         (("evaluate", "a", "b", "-m", "m"), "'b'"),
+        (("probe", "a", "-m"), "requires an argument"),
         (("finetune", "nowhere", "-m", "m", "-o", "o"), "nowhere does not exist"),
         (("pretrain", "nowhere", "--tokenizer", "t", "-o", "o"), "nowhere does not exist"),
         (("train-tokenizer", "nowhere", "-o", "o"), "nowhere does not exist"),
@@ -160,6 +162,8 @@ def test_a_wrong_word_ends_with_2_and_is_named_on_stderr(
     assert (code, out) == (2, "")
     assert cause in err
     assert "Traceback" not in err
+    if not err.startswith("beit: "):  # in the words of the library that reads the words
+        assert err.endswith(f"`beit {words[0]} --help` tells more, with an example")
     assert not list(tmp_path.iterdir())
 
 
@@ -202,7 +206,7 @@ def test_an_error_has_the_documented_code(error: Exception, code: int) -> None:
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def app(words: list[str]) -> None:
+    def app(words: list[str], **_: object) -> None:
         raise error
 
     monkeypatch.setattr(beit.cli, "app", app)
@@ -226,6 +230,43 @@ def test_a_training_that_is_stopped_outside_its_loop_ends_with_the_code_of_a_sto
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a.json"), 6,
+         "cannot write a.json: No space left on device; make room or choose another place"),
+        (OSError(errno.ENOSPC, "No space left on device"), 6,
+         "cannot write: No space left on device; make room or choose another place"),
+        (PermissionError(errno.EACCES, "Permission denied", "nowhere.json"), 6,
+         "cannot write nowhere.json: Permission denied; make room or choose another place"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "photos"), 2,
+         "cannot read photos: Is a directory; check its rights, or the path"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_system_names_the_file_and_a_cure(
+    error: OSError, code: int, words: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, error)
+    assert cli() == (code, "", f"beit: {words}")
+
+
+@pytest.mark.parametrize("name", ["check", "finetune"])
+def test_what_may_not_be_read_is_not_said_to_be_unwritable(
+    name: str, cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To root nothing is forbidden, so the system is played."""
+
+    def scandir(place: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", place)
+
+    monkeypatch.setattr(beit.listing.os, "scandir", scandir)
+    monkeypatch.setattr(beit.cli.os, "access", lambda place, _: place == str(tmp_path))
+    more = [] if name == "check" else ["-m", "beit_mini_patch8_32", "-o", tmp_path / "run"]
+    code, _, err = cli(name, shapes / "val", *more)
+    told = f"cannot read {shapes / 'val'}/: Permission denied; check its rights, or the path"
+    assert (code, err) == (2, f"beit: {told}")
+
+
 def test_our_own_mistakes_keep_their_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
@@ -243,6 +284,25 @@ def test_debugging_shows_where_any_error_came_from(cli: Cli, monkeypatch: pytest
 def test_ctrl_c_before_a_run_ends_with_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, KeyboardInterrupt())
     assert cli()[0] == 130
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("embed", "whole shards are kept, give the same command to go on"),
+        ("shard", "whole shards are kept, give the same command to go on"),
+        ("finetune", "what was saved is kept, give the same command to go on"),
+        ("check", "nothing is kept, give the same command to begin again"),
+        ("probe", "nothing is kept, give the same command to begin again"),
+        ("export", "nothing is kept, give the same command to begin again"),
+        ("bench", "nothing is kept, give the same command to begin again"),
+    ],
+)
+def test_ctrl_c_says_in_a_line_what_is_kept(
+    name: str, words: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, KeyboardInterrupt())
+    assert cli(name) == (130, "", f"stopped; {words}")
 
 
 def test_the_module_runs_as_the_program_does() -> None:

@@ -336,6 +336,35 @@ def test_what_cannot_be_exported_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
+# No file may grow beyond 3,000 bytes.
+ON_A_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from beit.export import SUFFIX_OF, export
+from beit.model import BeitConfig, BeitForImageClassification
+shape = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3)
+model = BeitForImageClassification(BeitConfig(**shape, num_classes=2)).eval()
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+for to in ("torch", "onnx", "openvino"):
+    file = Path(sys.argv[1]) / f"graph{SUFFIX_OF[to]}"
+    try:
+        export(model, file, to)
+    except OSError as error:
+        print(to, error.strerror, error.filename == str(file))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of a process")
+def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path)],
+        env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    told = ["torch File too large True", "onnx File too large True"]
+    assert done.stdout.splitlines() == [*told, "openvino No space left on device True"], done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("to", "module"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
 def test_a_missing_extra_is_named_with_its_install_line(
     to: Any,

@@ -26,7 +26,7 @@ FLOORS = {
     1: {"vqkd", "augment", "unpickle", "hub", "layouts", "configs", "handover", "distributed",
         "listing", "snapshots", "flops", "duplicates", "graphs", "folded", "any_size"},
     0: {"model", "relative_position", "tokenizer", "masking", "image", "metrics", "optim", "precision",
-        "atomic", "recipes", "ranges", "plural", "workers", "stop", "criterion"},
+        "atomic", "recipes", "ranges", "names", "plural", "workers", "stop", "criterion"},
 }  # fmt: skip
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import tarfile
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -29,7 +30,7 @@ from cyclopts.types import NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 from PIL import Image
 
-from beit.atomic import CannotWrite, flush, write_atomically
+from beit.atomic import CURE, CannotWrite, flush, naming, write_atomically
 from beit.data import MANIFEST, Bad, BadImages, ImageSource, SomeSkipped, has_split, open_source
 from beit.image import BadImage, open_image
 from beit.ranges import Share
@@ -86,12 +87,19 @@ def shard(settings: Shard) -> dict[str, int]:
         split, part, file = jobs[job]
         return write_shard(sources[split], part, firsts[split], file, settings)
 
-    with Progress("shards", len(jobs)) as progress:
-        for done, bad in enumerate(load_in_processes(write, range(len(jobs)), settings.workers), 1):
-            bad_images.add(bad)  # on the list before the shard is there: a killed run forgets none
-            _, _, file = jobs[done - 1]
-            os.replace(beside(file), file)
-            progress.update(done, f"{len(bad_images)} bad")
+    written = load_in_processes(write, range(len(jobs)), settings.workers)
+    try:
+        # Closed first: then nobody writes any more what is removed.
+        workers = closing(written)  # type: ignore[type-var]  # a generator
+        with Progress("shards", len(jobs)) as progress, workers, naming(settings.out):
+            for done, bad in enumerate(written, 1):
+                bad_images.add(bad)  # on the list before the shard is there: a killed run forgets none
+                _, _, file = jobs[done - 1]
+                os.replace(beside(file), file)
+                progress.update(done, f"{len(bad_images)} bad")
+    finally:
+        for _, _, file in jobs:
+            beside(file).unlink(missing_ok=True)
     flush(settings.out)
     print(
         f"{settings.out}: {total - len(bad_images):,} pictures in {sum(number.values())} shards",
@@ -129,7 +137,7 @@ def begin(
                 )
             write_atomically(manifest, json.dumps(about, indent=1).encode())
     except OSError as error:
-        raise CannotWrite(f"cannot write {settings.out}: {error}") from error
+        raise CannotWrite(f"cannot write {settings.out}: {error.strerror or error}; {CURE}") from error
     before = json.loads(manifest.read_text())
     changed = [f"{key} was {before.get(key)}, now {value}" for key, value in about.items()
                if before.get(key) != value]  # fmt: skip

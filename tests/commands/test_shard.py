@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -178,7 +179,34 @@ def test_a_folder_with_something_else_is_left_alone(cli: Cli, data: Path) -> Non
 
 def test_a_folder_that_cannot_be_made_ends_with_6(cli: Cli, data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert cli("shard", data, tmp_path / "file" / "s")[0] == 6
+    code, _, err = cli("shard", data, tmp_path / "file" / "s")
+    place = tmp_path / "file" / "s"
+    told = f"cannot write {place}: Not a directory; make room or choose another place"
+    assert (code, err) == (6, f"beit: {told}")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_full_disk_ends_with_6_and_leaves_whole_shards(
+    cli: Cli, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    import beit.commands.shard as command
+
+    whole, how = command._add, {"shard_size": 4, "workers": workers}
+
+    def full(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+        if name.startswith("00000006"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(tar, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_add", full)
+        code, _, err = cli("shard", data, tmp_path / "s", **how)
+    told = f"cannot write {tmp_path / 's'}: No space left on device; make room or choose another place"
+    assert (code, err) == (6, f"beit: {told}")
+    assert not list((tmp_path / "s").glob(".*"))
+    assert cli("shard", data, tmp_path / "s", **how)[0] == 0
+    assert cli("shard", data, tmp_path / "unbroken", shard_size=4)[0] == 0
+    assert files_of(tmp_path / "s") == files_of(tmp_path / "unbroken")
 
 
 def test_a_validation_class_that_train_lacks_is_refused(cli: Cli, data: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,37 @@ def test_a_step_has_half_of_what_is_promised_to_end_by_itself() -> None:
     from beit import stop
 
     assert stop.GRACE_S <= 5.0
+
+
+# --- Without a reader ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("spoilt", "code"), [(0, 0), (5, 4)])
+def test_a_training_that_nobody_reads_ends_with_its_own_code(
+    shapes: Path, tmp_path: Path, spoilt: int, code: int
+) -> None:
+    """Both pipes are closed before it begins."""
+    shutil.copytree(shapes, tmp_path / "data")
+    for number in range(spoilt):
+        (tmp_path / "data" / "train" / "disc" / f"{number:02d}.png").write_bytes(b"no picture")
+    words = [
+        "finetune",
+        str(tmp_path / "data"),
+        "-m",
+        "beit_mini_patch8_32",
+        "-o",
+        str(tmp_path / "run"),
+    ]
+    words += ["--steps", "2", "--log-every", "1", "--workers", "0", "--no-report", "--device", "cpu"]
+    reader, writer = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "beit", *words],
+        env=ENVIRONMENT, stdout=writer, stderr=writer,
+    ) as process:  # fmt: skip
+        os.close(writer)
+        os.close(reader)
+        assert process.wait(timeout=120) == code
+    assert (tmp_path / "run" / "config.json").exists() == (code == 0)
 
 
 # --- Chaos -----------------------------------------------------------------------------------------
