@@ -38,6 +38,7 @@ from beit.workers import load_in_processes
 WORTH_KEEPING_S = 0.5  # an index that took longer to make is kept
 UNSETTLED_S = 2.0  # a file changed this lately may change again within its time stamp
 MAX_CLASSES = 100_000  # more different labels are captions
+RUN_FILE = "run.toml"  # every folder of a run has one
 CLASS_FILES = ("classes.txt", "classnames.txt")  # beside shards: the name of class 0, 1, ...
 
 _NO_NUMBERS = np.empty(0, dtype=np.int64)
@@ -350,7 +351,7 @@ def list_folder(root: str) -> Listing:
     """The pictures in a folder and below it; the shards that lie there are its roots from the second on.
 
     Pictures have the folder in the root as their class, unless some lie in the root itself. Hidden
-    files and folders are left out.
+    files and folders are left out, and folders of runs, whose pictures show what a run has done.
     """
 
     def make() -> tuple[Listing, list[str]]:
@@ -387,6 +388,8 @@ def _local_files(
                 names.append(entry.name)
                 if entry.is_dir():
                     folders.add(entry.name)
+    if inside and RUN_FILE in names:
+        return
     names.sort()
     for name in names:
         if name in folders:

@@ -15,10 +15,11 @@ import numpy as np
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
 
-from beit.atomic import check_place
+from beit.atomic import check_place, replacing
 from beit.data import Bad, ImageSource, TooManyBadImages, has_split, open_source
 from beit.image import BadImage, open_image
 from beit.ranges import Share
+from beit.names import printable
 from beit.run import Progress
 from beit.workers import load_in_processes, now_doing
 
@@ -60,7 +61,7 @@ class Read(NamedTuple):
 def check(settings: Check) -> dict[str, Any]:
     """Read everything once; print classes, sizes, duplicates and bad files."""
     out = settings.out
-    check_place(out)
+    check_place(out, [settings.data], ".csv")
     splits = [split for split in SPLITS if has_split(settings.data, split)]
     sources = {split: open_source(settings.data, split) for split in splits}
     sources = sources or {"all": open_source(settings.data)}
@@ -85,7 +86,8 @@ def check(settings: Check) -> dict[str, Any]:
     else:
         show(result, list(sources), problems)
     if out is not None:
-        with out.open("w", newline="", encoding="utf-8", errors="replace") as stream:
+        utf8: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # names need not be
+        with replacing(out) as beside, beside.open("w", newline="", **utf8) as stream:
             csv.writer(stream).writerows([("split", "path", "problem", "detail"), *problems])
     number = sum(len(found.bad) for found in read.values())
     total = sum(map(len, sources.values()))
@@ -183,18 +185,21 @@ def show(result: dict[str, Any], splits: list[str], problems: list[tuple[str, st
             f"{split}: {about['pictures']:,} pictures, {classes}, short side {smallest} to {largest} "
             f"pixels (median {median}), {about['bad']:,} bad"
         )
+        if about["classes"] == 1:
+            print(f"{split} has one class; to fine-tune takes two or more, each in a folder of its name")
     for key, told in (
         ("classes_only_outside_train", "classes that train lacks"),
         ("classes_only_in_train", "classes that another split lacks"),
     ):
         if result[key]:
-            print(f"{told}: {', '.join(result[key][:SHOWN])}{_more(len(result[key]))}")
+            names = printable(", ".join(result[key][:SHOWN]))
+            print(f"{told}: {names}{_more(len(result[key]))}")
     across = result["duplicates_across_splits"]
     print(f"{result['duplicates']:,} duplicates, {across:,} of them of a picture in another split")
     for kind in ("bad", "duplicate"):
         of_kind = [problem for problem in problems if problem[2] == kind]
         for split, path, _, detail in of_kind[:SHOWN]:
-            print(f"  {kind} in {split}: {path} ({detail})")
+            print(printable(f"  {kind} in {split}: {path} ({detail})"))
         if len(of_kind) > SHOWN:
             print(f"  {_more(len(of_kind)).strip()}; -o FILE.csv lists all")
 

@@ -11,24 +11,29 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from beit.atomic import check_place, replacing
+from beit.atomic import CannotWrite, check_place, replacing
 from beit.data import ImageSource, SomeSkipped, TooManyBadImages, find_pictures
 from beit.embeddings import model_sha256
 from beit.engine import Engine, Entry, Picture, Precision, Prediction, Runtime
 from beit.hub import resolve
+from beit.listing import expand, is_address
+from beit.names import json_line, printable
 
 if TYPE_CHECKING:
     from beit.run import Progress
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
+COLUMNS = ["path", "label", "score", "error"]  # the first ones of a .csv or a Parquet file
+KEYS = ["path", "label", "score", "top", "error"]  # of a line of JSON
 ROWS = 4096  # of a Parquet file, written at once
 ENCODING: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # of names, whatever bytes they are
 
@@ -45,7 +50,10 @@ class Classify:
     top: PositiveInt = 5
     """Classes to name for each picture. A .csv has the second in label_2 and score_2, and so on."""
     out: Annotated[Path | None, Parameter(alias="-o")] = None
-    """Write to this .csv, .jsonl or .parquet instead. Stopped, the same command goes on."""
+    """Write to this .csv, .jsonl or .parquet instead, in place of an earlier one of classify. Stopped, the
+    same command goes on."""
+    overwrite: bool = False
+    """Let --out replace a file that classify did not write."""
     json: bool = False
     """Print one JSON object a picture."""
     max_bad_images: float = 1.0
@@ -75,6 +83,18 @@ def classify(settings: Classify) -> None:
     if out is not None and out.suffix == ".parquet":
         _need_pyarrow(out)
     places = find_pictures(settings.images, "classify")
+    if out is not None:
+        check_place(out, files_read(settings.images, places))
+        if not settings.overwrite and not is_ours(out):
+            raise CannotWrite(
+                f"{out} is there already, and classify did not write it; --overwrite replaces it, or "
+                "choose another place"
+            )
+    pictures = each_picture(places)
+    first = next(pictures, None)
+    if first is None:
+        raise ValueError("the list on stdin names no pictures; give it a path a line")
+    pictures = chain([first], pictures)
     engine = Engine(
         settings.model,
         settings.runtime,
@@ -86,7 +106,6 @@ def classify(settings: Classify) -> None:
     )
     if settings.verbose:
         print(f"{engine.runtime} {engine.precision}: {engine.why}", file=sys.stderr)
-    pictures = each_picture(places)
     if out is not None:
         width = min(settings.top, len(engine.labels))
         try:
@@ -107,10 +126,13 @@ def classify(settings: Classify) -> None:
     else:
         answers = engine.classify(pictures, settings.top)
         done, failed = write_all(answers, lambda answer: print_words(answer, sys.stdout))
-    if failed and (failed == done or failed > settings.max_bad_images * done):
-        raise TooManyBadImages(f"{failed} of {done} pictures could not be read")
+    told, allowed = f"{failed} of {done} pictures could not be read", int(settings.max_bad_images * done)
+    if failed > allowed:
+        raise TooManyBadImages(f"{told}, where {allowed} may; mend them, or raise --max-bad-images")
+    if failed and failed == done:
+        raise TooManyBadImages(f"{told}, which is all; what is wrong with each stands beside its name")
     if failed:
-        raise SomeSkipped(f"{failed} of {done} pictures could not be read")
+        raise SomeSkipped(told)
 
 
 # --- Pictures ------------------------------------------------------------------------------------
@@ -125,6 +147,17 @@ def each_picture(places: list[ImageSource | str]) -> Iterator[Picture]:
             yield from filter(None, (line.rstrip("\r\n") for line in sys.stdin))
         else:
             yield place
+
+
+def files_read(named: list[str], places: list[ImageSource | str]) -> Iterator[str]:
+    """Files that the pictures' names or bytes come from: lists, shards, stdin's, and pictures by name."""
+    for name in named:
+        yield "/dev/stdin" if name == "-" else name
+        if not is_address(name):
+            with suppress(ValueError):  # a missing picture is an answer
+                yield from expand(name)
+    for place in places:
+        yield from place.paths.roots if isinstance(place, ImageSource) else ()
 
 
 def name_of(picture: Picture | None) -> str | None:
@@ -234,14 +267,14 @@ def write_all(
 def print_words(answer: Prediction, stream: TextIO) -> None:
     """A line for people."""
     ranked = "  ".join(f"{name} {score:.1%}" for name, score in answer.top)
-    print(f"{answer.path}  {answer.error or ranked}", file=stream, flush=True)
+    print(printable(f"{answer.path}  {answer.error or ranked}"), file=stream, flush=True)
 
 
 def print_json(answer: Prediction, stream: TextIO) -> None:
     """One JSON object; without the time, so that the same pictures give the same lines."""
     content = answer.to_dict()
     del content["ms"]
-    print(json.dumps(content, ensure_ascii=False), file=stream, flush=True)
+    print(json_line(content), file=stream, flush=True)
 
 
 def write_table(answers: Iterator[Prediction]) -> tuple[int, int]:
@@ -263,8 +296,8 @@ def write_table(answers: Iterator[Prediction]) -> tuple[int, int]:
         failed += answer.error is not None
         others = ", ".join(f"{name} {score:.1%}" for name, score in answer.top[1:])
         score = "" if answer.score is None else f"{answer.score:.1%}"
-        what = Text(answer.error, "red") if answer.error else Text(str(answer.label))
-        table.add_row(Text(answer.path), what, score, Text(others))
+        what = Text(printable(answer.error or str(answer.label)), "red" if answer.error else "")
+        table.add_row(Text(printable(answer.path)), what, score, Text(printable(others)))
         done += 1
         if table.row_count >= 40:
             console.print(table)
@@ -280,7 +313,7 @@ def csv_writer(file: Path, width: int) -> Iterator[Write]:
     with replacing(file) as beside, beside.open("w", newline="", **ENCODING) as stream:
         writer = csv.writer(stream)
         others = [f"{word}_{place}" for place in range(2, width + 1) for word in ("label", "score")]
-        writer.writerow(["path", "label", "score", "error", *others])
+        writer.writerow([*COLUMNS, *others])
 
         def write(answer: Prediction) -> None:
             rest = [value for pair in answer.top[1:] for value in pair] or [""] * len(others)
@@ -329,6 +362,27 @@ def parquet_writer(file: Path, width: int) -> Iterator[Write]:
 
         yield write
         flush()
+
+
+def is_ours(file: Path) -> bool:
+    """Whether a file begins as the writer of its ending begins one, or has nothing to lose."""
+    if not file.exists() or file.stat().st_size == 0:
+        return True
+    if file.suffix == ".parquet":
+        from pyarrow import ArrowInvalid, parquet
+
+        try:
+            return parquet.read_schema(file).names[: len(COLUMNS)] == COLUMNS
+        except ArrowInvalid:
+            return False
+    with file.open(newline="", **ENCODING) as stream:
+        first = stream.readline()
+    if file.suffix == ".csv":
+        return first.rstrip().split(",")[: len(COLUMNS)] == COLUMNS
+    try:
+        return list(json.loads(first)) == KEYS
+    except (ValueError, TypeError):
+        return False
 
 
 WRITERS = {".csv": csv_writer, ".jsonl": jsonl_writer, ".parquet": parquet_writer}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import html
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from beit.embeddings import Embeddings, EmbeddingsError, Manifest, model_sha256
 from beit.engine import Embedding, Engine, Entry, Picture
 from beit.hub import resolve
 from beit.image import BadImage, read_image
+from beit.names import json_line, printable
 
 SHEETS = (".jpg", ".jpeg", ".png", ".html")
 SIDE = 160  # pixels of a picture on a sheet
@@ -67,12 +67,14 @@ def search(settings: Search) -> list[Found]:
     sheet = settings.sheet
     if sheet is not None and sheet.suffix.lower() not in SHEETS:
         raise ValueError(f"--sheet {sheet} must end in {', '.join(SHEETS[:-1])} or {SHEETS[-1]}")
-    check_place(sheet)
+    check_place(sheet, settings.images)
     if settings.approximate:
         faiss_index.require()
     folder = Embeddings(settings.folder)
     check(folder)
     pictures = pictures_of(find_pictures(settings.images, "search"))
+    if not pictures:
+        raise ValueError("the list on stdin names no pictures; give it a path a line")
     queries = embed(pictures, folder.manifest, settings)
     nearest = faiss_index.nearest if settings.approximate else Embeddings.nearest
     found = neighbours(folder, queries, settings.top, nearest)
@@ -81,7 +83,7 @@ def search(settings: Search) -> list[Found]:
         for one in found:
             near = [{"path": path, "cosine": cosine} for path, cosine in one.neighbours]
             line = {"path": one.path, "neighbours": near, "error": one.error}
-            print(json.dumps(line, ensure_ascii=False))
+            print(json_line(line))
     elif sys.stdout.isatty():
         print_tables(found)
     else:
@@ -90,9 +92,12 @@ def search(settings: Search) -> list[Found]:
         draw = write_html if sheet.suffix.lower() == ".html" else write_picture
         draw(sheet, found, pictures)
         print(f"{sheet}: {len(found)} rows, the picture looked for first", file=sys.stderr)
-    failed = sum(one.error is not None for one in found)
-    if failed:
-        raise SomeSkipped(f"{failed} of {len(found)} pictures could not be read")
+    bad = [one for one in found if one.error is not None]
+    if bad:
+        raise SomeSkipped(
+            f"{len(bad)} of {len(found)} pictures could not be read: {bad[0].path} ({bad[0].error})"
+            f"{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}"
+        )
     return found
 
 
@@ -175,9 +180,9 @@ def print_lines(found: list[Found]) -> None:
     """A line a neighbour: the picture, the cosine, the neighbour, with tabs between."""
     for one in found:
         for path, cosine in one.neighbours:
-            print(f"{one.path}\t{cosine:.4f}\t{path}")
+            print(printable(one.path), f"{cosine:.4f}", printable(path), sep="\t")
         if one.error:
-            print(f"{one.path}\t\t{one.error}")
+            print(printable(one.path), "", printable(one.error), sep="\t")
 
 
 def print_tables(found: list[Found]) -> None:
@@ -189,14 +194,14 @@ def print_tables(found: list[Found]) -> None:
     console = Console(highlight=False)
     for one in found:
         if one.error:
-            console.print(Text(f"{one.path}: {one.error}", "red"))
+            console.print(Text(printable(f"{one.path}: {one.error}"), "red"))
             continue
-        table = Table(title=Text(one.path), title_justify="left")
+        table = Table(title=Text(printable(one.path)), title_justify="left")
         table.add_column("", justify="right")
         table.add_column("cosine", justify="right", no_wrap=True)
         table.add_column("like it", overflow="fold")
         for number, (path, cosine) in enumerate(one.neighbours, 1):
-            table.add_row(str(number), f"{cosine:.4f}", Text(path))
+            table.add_row(str(number), f"{cosine:.4f}", Text(printable(path)))
         console.print(table)
 
 

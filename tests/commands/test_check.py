@@ -78,6 +78,14 @@ def test_what_is_wrong_is_also_told_in_words(cli: Cli, data: Path) -> None:
     assert "1 duplicates, 1 of them of a picture in another split" in out
 
 
+def test_a_name_gives_no_orders_to_a_terminal(cli: Cli, data: Path) -> None:
+    (data / "train" / "disc" / "\x1b[2J\n.png").write_bytes(b"no picture")
+    code, out, _ = cli("check", data, max_bad_images=0.5)
+    assert code == 3
+    assert rf"bad in train: {data}/train/disc/\x1b[2J\n.png (" in out
+    assert "\x1b" not in out
+
+
 def test_more_bad_pictures_than_a_run_bears_end_with_4(cli: Cli, data: Path) -> None:
     for number in range(2):
         (data / "train" / "disc" / f"0{number}.png").write_bytes(b"")
@@ -87,11 +95,40 @@ def test_more_bad_pictures_than_a_run_bears_end_with_4(cli: Cli, data: Path) -> 
     assert cli("check", data, max_bad_images=0.5)[0] == 3
 
 
+def test_one_class_alone_is_warned_of(cli: Cli, data: Path) -> None:
+    for shape in ("square", "triangle"):
+        shutil.rmtree(data / "train" / shape)
+    code, out, _ = cli("check", data)
+    assert code == 0
+    assert "train has one class; to fine-tune takes two or more, each in a folder of its name" in out
+    assert "val has one class" not in out
+
+
+def test_pictures_that_a_run_has_made_are_no_data(cli: Cli, data: Path) -> None:
+    run = data / "train" / "tokenizer"
+    (run / "looks").mkdir(parents=True)
+    (run / "run.toml").write_text('command = "TrainTokenizer"\n')
+    for name in ("reconstructions.png", "looks/1.png"):
+        (run / name).write_bytes((data / "train" / "disc" / "00.png").read_bytes())
+    found = json.loads(cli("check", data, json=True)[1])
+    assert (found["train"]["pictures"], found["train"]["classes"]) == (12, 3)
+    assert json.loads(cli("check", run, json=True)[1])["all"]["pictures"] == 2  # asked for by name
+
+
 def test_a_flat_folder_is_checked_as_one(cli: Cli, data: Path) -> None:
     code, out, _ = cli("check", data / "train" / "disc", json=True)
     assert code == 0
     assert json.loads(out)["all"]["pictures"] == 4
     assert json.loads(out)["all"]["classes"] == 0
+
+
+def test_the_list_that_is_checked_is_not_written_over(cli: Cli, data: Path) -> None:
+    names = data / "names.csv"
+    names.write_text("path,label\ntrain/disc/00.png,disc\n")
+    code, _, err = cli("check", names, out=names)
+    assert code == 6
+    assert f"cannot write {names}: it is what the command reads; name another file" in err
+    assert names.read_text().startswith("path,label\n")
 
 
 def test_a_list_that_cannot_be_written_is_refused_before_reading(cli: Cli, data: Path) -> None:

@@ -347,6 +347,56 @@ def test_too_many_bad_pictures_end_with_4_and_their_answers_are_written(
     assert (code, len(out.splitlines())) == (4, 1)
 
 
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_only_its_own_file_is_replaced_unasked(
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path, ending: str
+) -> None:
+    out = tmp_path / f"out{ending}"
+    words = ["classify", photos / "1.png", "-m", finetuned.folder, "-o", out]
+    out.write_bytes(b"")  # nothing to lose
+    for more in ((), (), ("--top", 2)):
+        assert cli(*words, *more)[0] == 0
+    for content in (
+        "path,label\n1.png,disc\n",
+        '{"path": "1.png", "label": "disc"}\n',
+        "[1]\n",
+        "\n",
+        "\0",
+    ):
+        out.write_text(content)
+        code, _, said = cli(*words)
+        assert (code, out.read_text()) == (6, content)
+        told = f"{out} is there already, and classify did not write it; --overwrite replaces it"
+        assert said == f"beit: {told}, or choose another place"
+    assert cli(*words, "--overwrite")[0] == 0
+    assert out.read_bytes() != content.encode()
+
+
+def test_what_it_reads_is_not_written_over_whatever_is_said(
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path
+) -> None:
+    parquet, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    names = tmp_path / "names.csv"
+    names.write_text(f"path,label\n{photos / '1.png'},disc\n")
+    shard = tmp_path / "shards" / "photos.parquet"
+    shard.parent.mkdir()
+    parquet.write_table(pa.table({"image": [(photos / "1.png").read_bytes()]}), shard)
+    (tmp_path / "link.csv").symlink_to(names)
+    for given, out in (
+        (names, names), (tmp_path / "link.csv", names), (names, tmp_path / "link.csv"),
+        (tmp_path / "n*.csv", names), (shard.parent, shard), ("-", names),
+    ):  # fmt: skip
+        before = out.read_bytes()
+        with names.open("rb") as stdin:
+            kept = os.dup(0)
+            os.dup2(stdin.fileno(), 0)
+            code, _, said = cli("classify", given, "-m", finetuned.folder, "-o", out, "--overwrite")
+            os.dup2(kept, 0)
+            os.close(kept)
+        assert (code, out.read_bytes()) == (6, before)
+        assert said == f"beit: cannot write {out}: it is what the command reads; name another file"
+
+
 # --- Stopped, and gone on with -------------------------------------------------------------------
 
 
@@ -404,8 +454,44 @@ def test_names_that_are_no_utf8_are_kept_as_they_are(
     if ending == ".parquet":  # whose texts must be UTF-8
         pa = pytest.importorskip("pyarrow.parquet")
         assert pa.read_table(out)["path"].to_pylist() == [f"{folder}/caf?.png"]
+    elif ending == ".jsonl":  # whose lines must be UTF-8 too, and read back to the same name
+        (line,) = out.read_text(encoding="utf-8").splitlines()
+        assert os.fsencode(json.loads(line)["path"]) == name
+        assert cli("classify", folder, "--json", model=finetuned.folder)[1].strip() == line
     else:
         assert name in out.read_bytes()
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_a_list_on_stdin_that_names_nothing_is_said(
+    cli: Cli, finetuned: Done, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for more in ([], ["-o", tmp_path / "out.csv"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(content))
+        code, out, err = cli("classify", "-", "-m", finetuned.folder, *more)
+        told = "the list on stdin names no pictures; give it a path a line"
+        assert (code, out, err) == (2, "", f"beit: {told}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_gives_no_orders_to_a_terminal_and_breaks_no_line(
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name in (b"a\x1b[2J\n.png", b"b\xe9\xc3\xa9.png"):
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file:
+            file.write((photos / "1.png").read_bytes())
+    code, out, _ = cli("classify", folder, model=finetuned.folder)
+    assert code == 0
+    names = [line.split("  ")[0] for line in out.splitlines()]
+    shown = [rf"{folder}/a\x1b[2J\n.png", rf"{folder}/b\xe9é.png"]
+    assert names == shown
+    write_table(iter([Prediction("a\x1b[2J\n.png", "\x07", 1.0, (("\x07", 1.0),))]))
+    table = capfd.readouterr().out
+    assert r"a\x1b[2J\n.png" in table
+    assert "\x1b" not in table
+    assert "\x07" not in table
 
 
 def test_a_killed_run_goes_on_past_a_torn_line(
@@ -436,6 +522,40 @@ def test_a_killed_run_goes_on_past_a_torn_line(
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["path"] for line in lines] == [str(photos / name) for name in ORDER]
     assert [line["label"] for line in lines] == [answer.label for answer in expected(finetuned, photos)]
+
+
+# Ctrl-C as it comes once in some ten times that it meets a pool's semaphore: its lock has been taken, and
+# nobody gives it back.
+LOCK_LEFT_HELD = """
+import sys, threading
+
+honest, count = threading.Condition.__enter__, 0
+
+def enter(condition):
+    global count
+    got = honest(condition)
+    if sys._getframe(2).f_code.co_name == "_adjust_thread_count":
+        count += 1
+        if count == 12:
+            raise KeyboardInterrupt
+    return got
+
+threading.Condition.__enter__ = enter
+from beit.cli import main
+main()
+"""
+
+
+def test_ctrl_c_that_leaves_a_lock_held_ends_the_process(
+    finetuned: Done, shapes: Path, tmp_path: Path
+) -> None:
+    words = ["classify", str(shapes), "-m", str(finetuned.folder), "-o", str(tmp_path / "out.csv")]
+    done = subprocess.run(
+        [sys.executable, "-c", LOCK_LEFT_HELD, *words],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    assert "give the same command to go on" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -495,7 +615,7 @@ def test_a_full_disk_ends_with_6_and_keeps_what_was_there(
     place.mkdir()
     file = place / f"answers{ending}"
     file.write_text("from before")
-    words = ["classify", str(photos), "-m", str(finetuned.folder), "-o", str(file)]
+    words = ["classify", str(photos), "-m", str(finetuned.folder), "-o", str(file), "--overwrite"]
     code = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))\n"

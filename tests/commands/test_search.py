@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from conftest import Cli, write_shapes
 from PIL import Image
 
 from beit.checkpoints import save
-from beit.commands.search import Found, print_tables
+from beit.commands.search import Found, print_lines, print_tables
 from beit.embeddings import Embeddings, unit
 from beit.engine import Engine
 from beit.model import BeitConfig, BeitForImageClassification
@@ -125,6 +128,29 @@ def test_a_terminal_gets_a_table_a_picture(capsys: pytest.CaptureFixture[str]) -
     assert "d.png: broken" in out
 
 
+def test_a_name_gives_no_orders_to_a_terminal_and_breaks_no_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = [Found("a\x1b[2J\n.png", (("b\r\udce9.png", 1.0),)), Found("c\t.png", (), "no\x07")]
+    for show in (print_lines, print_tables):
+        show(found)
+        told = capsys.readouterr().out
+        for name in (r"a\x1b[2J\n.png", r"b\r\xe9.png", r"c\t.png", r"no\x07"):
+            assert name in told
+        assert not set("\x1b\r\x07") & set(told)
+
+
+def test_json_of_a_name_that_is_no_utf8_is_valid_and_reads_back(
+    cli: Cli, photos: Path, vectors: Path, tmp_path: Path
+) -> None:
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(name, "wb") as file:
+        file.write((photos / "disc" / "00.png").read_bytes())
+    code, out, _ = cli("search", vectors, tmp_path / "*.png", json=True)
+    assert code == 0
+    assert os.fsencode(json.loads(out)["path"]) == name
+
+
 def test_a_query_that_cannot_be_read_ends_with_3_and_the_others_are_answered(
     cli: Cli, photos: Path, vectors: Path, tmp_path: Path
 ) -> None:
@@ -138,7 +164,17 @@ def test_a_query_that_cannot_be_read_ends_with_3_and_the_others_are_answered(
     assert bad["neighbours"] == []
     assert "not a readable picture" in bad["error"]
     assert good["neighbours"][0]["path"] == str(query)
-    assert cli("search", vectors, tmp_path / "bad.png", json=True)[0] == 3  # alone, too
+    code, _, err = cli("search", vectors, tmp_path / "bad.png", json=True)  # alone, too
+    assert code == 3
+    assert f"1 of 1 pictures could not be read: {tmp_path / 'bad.png'} (not a readable picture" in err
+
+
+def test_a_list_on_stdin_that_names_nothing_is_said(
+    cli: Cli, vectors: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    told = "the list on stdin names no pictures; give it a path a line"
+    assert cli("search", vectors, "-") == (2, "", f"beit: {told}")
 
 
 def near_to(tile: np.ndarray, picture: Path) -> bool:
@@ -256,6 +292,18 @@ def test_a_sheet_that_cannot_be_is_said_first(
     found, out, err = cli("search", vectors, photos / "disc" / "00.png", **options)
     assert (found, out) == (code, "")
     assert says in err
+
+
+def test_a_sheet_is_not_drawn_over_the_picture_looked_for(
+    cli: Cli, photos: Path, vectors: Path, tmp_path: Path
+) -> None:
+    query = tmp_path / "query.png"
+    query.write_bytes((photos / "disc" / "00.png").read_bytes())
+    code, _, err = cli("search", vectors, query, sheet=query)
+    assert (code, err) == (
+        6, f"beit: cannot write {query}: it is what the command reads; name another file"
+    )  # fmt: skip
+    assert query.read_bytes() == (photos / "disc" / "00.png").read_bytes()
 
 
 def test_a_folder_without_embeddings_and_a_missing_picture_are_said(
