@@ -46,6 +46,7 @@ from beit.metrics import (
     top_k_right,
 )
 from beit.model import Beit
+from beit.names import printable
 from beit.precision import Precision
 from beit.probe import review_labels, review_several
 from beit.report import Page
@@ -88,8 +89,8 @@ class Evaluate:
 
 def evaluate(settings: Evaluate) -> dict[str, Any]:
     """Score a classifier on labelled pictures."""
-    for file in (settings.out, settings.report):
-        check_place(file)
+    check_place(settings.out, ending=".json")
+    check_place(settings.report, ending=".html")
     if not 0 <= settings.max_bad_images <= 1:
         raise ValueError(f"max_bad_images {settings.max_bad_images} is not a share from 0 to 1")
     engine = Engine(
@@ -110,7 +111,7 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
         print(warning, file=sys.stderr)
     logits, bad = engine.readable_logits_of(side.source)
     for one in bad:
-        print(f"{one.path}: {one.reason}", file=sys.stderr)
+        print(printable(f"{one.path}: {one.reason}"), file=sys.stderr)
     told = f"{len(bad)} of {len(side.source)} pictures could not be read"
     if not len(logits):
         raise TooManyBadImages(told)
@@ -362,7 +363,18 @@ def real_labels(file: Path, source: ImageSource, num_classes: int) -> list[list[
     """The accepted classes of each picture, from a list over ImageNet's 50,000 validation pictures."""
     if not file.exists():
         raise ValueError(f"--real-labels {not_there(file)}")
-    lists = json.loads(file.read_text())
+    try:
+        lists = json.loads(file.read_bytes())
+    except ValueError:
+        lists = None
+    if not isinstance(lists, list) or not all(
+        isinstance(numbers, list) and all(isinstance(number, int) for number in numbers)
+        for numbers in lists
+    ):
+        raise ValueError(
+            f"--real-labels {file} is not the reassessed labels: a .json with a list of class numbers for "
+            "each validation picture, [[65], [970, 795], ...]; ReaL's real.json is such"
+        )
     found = [re.search(r"ILSVRC2012_val_(\d{8})", source.name(i)) for i in range(len(source))]
     places = [int(match[1]) - 1 if match else -1 for match in found]
     if not all(0 <= place < len(lists) for place in places):
@@ -388,19 +400,25 @@ def words(spec: ImageSpec) -> str:
     return f"{geometry}, {spec.filter}, mean {mean}, std {std}"
 
 
+def cut(name: str) -> Text:
+    """A name in a table, of which a narrow terminal shows what fits: a column that may not wrap would take
+    the room of the numbers."""
+    return Text(printable(name), no_wrap=True, overflow="ellipsis")
+
+
 def show_several(result: dict[str, Any], settings: Evaluate, answers: Answers) -> None:
     """The same of several labels a picture."""
     table = Table(title=Text(f"{settings.model} on {settings.data}"))
-    table.add_column("class", no_wrap=True, overflow="ellipsis")
-    table.add_column("pictures", justify="right")
-    table.add_column("average precision", justify="right")
+    table.add_column("class")
+    table.add_column("pictures", justify="right", no_wrap=True)
+    table.add_column("average precision", justify="right", no_wrap=True)
     counts = dict(zip(answers.classes, answers.truth.sum(axis=0).tolist(), strict=True))
     shown = result["per_class"]
     if len(shown) > MANY:
         table.caption = f"the 20 worst of {len(shown)} classes; -o FILE has all"
         shown = dict(sorted(shown.items(), key=lambda row: row[1])[:20])
     for name, value in shown.items():
-        table.add_row(Text(name), str(counts[name]), f"{value:.1%}")
+        table.add_row(cut(name), str(counts[name]), f"{value:.1%}")
     console = Console(highlight=False)
     console.print(table)
     console.print(
@@ -422,10 +440,10 @@ def show(
 ) -> None:
     """The results as a table and some lines, for people."""
     table = Table(title=Text(f"{settings.model} on {settings.data}"))
-    table.add_column("class", no_wrap=True, overflow="ellipsis")
-    table.add_column("pictures", justify="right")
-    table.add_column("right", justify="right")
-    table.add_column("most often taken for", no_wrap=True, overflow="ellipsis")
+    table.add_column("class")
+    table.add_column("pictures", justify="right", no_wrap=True)
+    table.add_column("right", justify="right", no_wrap=True)
+    table.add_column("most often taken for")
     wrong = confusion - np.diag(np.diag(confusion))
     counts = confusion.sum(axis=1)
     shown = [i for i in range(len(classes)) if counts[i]]
@@ -436,7 +454,7 @@ def show(
         worst = int(wrong[i].argmax())
         taken = f"{classes[worst]} ({wrong[i, worst]})" if wrong[i, worst] else ""
         right = f"{confusion[i, i] / counts[i]:.1%}"
-        table.add_row(Text(classes[i]), str(counts[i]), right, Text(taken))
+        table.add_row(cut(classes[i]), str(counts[i]), right, cut(taken))
     console = Console(highlight=False)
     console.print(table)
     for name in ("top1", "top5"):

@@ -30,6 +30,7 @@ from beit.features import Pooling, default_layer, extract_features, layer_states
 from beit.image import BadImage, preprocess
 from beit.metrics import bootstrap_interval
 from beit.model import Beit
+from beit.names import printable
 from beit.precision import Precision, pick_device
 from beit.probe import (
     LEARNING_RATES,
@@ -87,7 +88,7 @@ Labelled = tuple[Tensor, Tensor]  # (n, D) features, (n,) labels
 def probe(settings: Probe) -> dict[str, Any]:
     """Probe a model: linear, k-NN, attentive and few-shot, on frozen features."""
     kinds = chosen_kinds(settings.kinds)
-    check_place(settings.out)
+    check_place(settings.out, ending=".json")
     train, test = sides(settings)
     model = load_model(settings.model, dtype=torch.float32).to(pick_device(settings.device))
     layers = chosen_layers(settings.layers, model.config.depth)
@@ -218,7 +219,7 @@ def prepared(
             try:
                 pixels = source.read(i)
             except BadImage as error:
-                said(f"left out: {error}")
+                said(printable(f"left out: {error}"))
                 continue
             hashes[source.name(i)] = pixel_hash(pixels)
             image[:] = preprocess(pixels, model.image_spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from conftest import Cli, write_shapes
 from PIL import Image
 
 import beit.commands.evaluate
-from beit.checkpoints import load, save
+from beit.checkpoints import load, load_model, save
 from beit.commands.evaluate import Evaluate, evaluate, preset_spec
 from beit.data import open_source
 from beit.engine import Engine
@@ -337,6 +338,31 @@ def test_real_labels_that_do_not_fit_are_named(
     code, _, err = cli("evaluate", folder, model=imagenet, real_labels=tmp_path / "real.json")
     assert code == 2
     assert cause in err
+
+
+@pytest.mark.parametrize("columns", ["40", "60"])
+def test_a_narrow_terminal_cuts_names_and_no_numbers(
+    cli: Cli,
+    finetuned: Done,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    columns: str,
+) -> None:
+    """Names of the length that ImageNet's have."""
+    model = load_model(finetuned.folder)
+    model.id2label = {i: f"{name}, {'of many names ' * 3}" for i, name in model.id2label.items()}
+    save(model, tmp_path / "long")
+    for name in model.id2label.values():
+        shutil.copytree(shapes / "val" / name.split(",")[0], tmp_path / "data" / name)
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = cli("evaluate", tmp_path / "data", model=tmp_path / "long")
+    assert code == 0
+    rows = [line for line in out.splitlines() if line.startswith("│")]
+    assert len(rows) == 3
+    for row in rows:
+        assert len(row) <= int(columns)
+        assert re.search(r"│ \w.*… │ +5 │ +\d+\.\d% │", row), row
 
 
 # --- The report ----------------------------------------------------------------------------------

@@ -321,6 +321,41 @@ MISTAKES: dict[str, Mistake] = {
         2,
         ("real.json does not exist", "check the path"),
     ),
+    "evaluate: real labels that are none": Mistake(
+        lambda p: ["evaluate", p.shapes, "-m", p.classifier, "--real-labels", p.file("real.json", "{}")],
+        2,
+        ("real.json is not the reassessed labels", "[[65], [970, 795], ...]"),
+    ),
+    "evaluate: real labels that are a picture": Mistake(
+        lambda p: [
+            "evaluate", p.shapes, "-m", p.classifier, "--real-labels", p.data / "disc" / "00.png",
+        ],
+        2,
+        ("00.png is not the reassessed labels", "[[65], [970, 795], ...]"),
+    ),
+    "evaluate: numbers in a text": Mistake(
+        lambda p: ["evaluate", p.shapes, "-m", p.classifier, "-o", p.mine / "a.txt"], 2,
+        ("a.txt must end in .json", "name a.json"),
+    ),
+    "evaluate: a page in a text": Mistake(
+        lambda p: ["evaluate", p.shapes, "-m", p.classifier, "--report", p.mine / "a.txt"], 2,
+        ("a.txt must end in .html", "name a.html"),
+    ),
+    "probe: numbers in a text": Mistake(
+        lambda p: ["probe", p.shapes, "-m", p.encoder, "-o", p.mine / "a.txt"], 2,
+        ("a.txt must end in .json", "name a.json"),
+    ),
+    "check: a list in a text": Mistake(
+        lambda p: ["check", p.data, "-o", p.mine / "a.txt"], 2, ("a.txt must end in .csv", "name a.csv")
+    ),
+    "classify: more bad pictures than may be": Mistake(
+        lambda p: ["classify", spoilt(2)(p), "-m", p.classifier, "--max-bad-images", "0.1"], 4,
+        ("2 of 12 pictures could not be read, where 1 may; mend them, or raise --max-bad-images",),
+    ),
+    "classify: nothing can be read": Mistake(
+        lambda p: ["classify", spoilt(4)(p) / "disc", "-m", p.classifier], 4,
+        ("4 of 4 pictures could not be read, which is all",),
+    ),
     "evaluate: nowhere for the page": Mistake(
         lambda p: ["evaluate", p.shapes, "-m", p.classifier, "--report", p.mine / "no" / "a.html"],
         6,
