@@ -38,6 +38,8 @@ except ImportError:
 
 BODY_SECONDS = 30.0  # within which a picture must have come
 DRAIN_SECONDS = 30  # for the answers that are under way when it is told to stop
+AS_BODY = "send a picture's file as the body: curl --data-binary @photo.jpg"
+QUERIES = {"/v1/classify": ("top",), "/v1/embed": ("pooling", "layer")}
 TOLD = {
     400: "bad_request", 401: "wrong_key", 403: "other_origin", 404: "not_found",
     405: "method_not_allowed", 408: "too_slow", 413: "too_large", 421: "other_host",
@@ -153,7 +155,17 @@ def make_app(engine: Engine, settings: Serve, key: str = "") -> FastAPI:
         ):
             raise Refused(401, "send the key as 'Authorization: Bearer KEY'")
 
+    async def known_keys(request: Request) -> None:
+        known = QUERIES.get(request.url.path, ())
+        unknown = [key for key in request.query_params if key not in known]
+        if known and unknown:
+            raise Refused(
+                400, f"{unknown[0]!r} is no key of {request.url.path}; it knows {', '.join(known)}"
+            )
+
     async def picture(request: Request) -> bytes:
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            raise Refused(400, f"a form is not read; {AS_BODY}")
         declared = request.headers.get("content-length", "")
         too_large = Refused(413, f"a picture may have {most:,} bytes; see --max-megabytes")
         if declared.isdecimal() and int(declared) > most:
@@ -164,7 +176,7 @@ def make_app(engine: Engine, settings: Serve, key: str = "") -> FastAPI:
             if len(body) > most:
                 raise too_large
         if not body:
-            raise Refused(400, "send a picture's file as the body: curl --data-binary @photo.jpg")
+            raise Refused(400, AS_BODY)
         return bytes(body)
 
     async def answer(request: Request, ask: Callable[[bytes], Prediction | Embedding]) -> dict[str, Any]:
@@ -190,7 +202,7 @@ def make_app(engine: Engine, settings: Serve, key: str = "") -> FastAPI:
         version=version("beit"),
         docs_url=None,
         redoc_url=None,
-        dependencies=[Depends(allowed)],
+        dependencies=[Depends(allowed), Depends(known_keys)],
     )
 
     @app.post("/v1/classify")
