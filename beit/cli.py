@@ -141,6 +141,7 @@ app = App(
     help_format="plaintext",
     version=lambda: version("beit"),
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # `run` says what is kept
     default_parameter=Parameter(negative=()),  # a flag is given or not
 )
 for _name, (_help, _example) in COMMANDS.items():

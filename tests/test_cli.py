@@ -286,23 +286,36 @@ def test_ctrl_c_before_a_run_ends_with_130(cli: Cli, monkeypatch: pytest.MonkeyP
     assert cli()[0] == 130
 
 
+GO_ON = "kept, give the same command to go on"
+AGAIN = "kept, give the same command to begin again"
+
+
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("words", "within", "told"),
     [
-        ("embed", "whole shards are kept, give the same command to go on"),
-        ("shard", "whole shards are kept, give the same command to go on"),
-        ("finetune", "what was saved is kept, give the same command to go on"),
-        ("check", "nothing is kept, give the same command to begin again"),
-        ("probe", "nothing is kept, give the same command to begin again"),
-        ("export", "nothing is kept, give the same command to begin again"),
-        ("bench", "nothing is kept, give the same command to begin again"),
+        (("embed", "-m", "m", "-o", "o"), "find_pictures", f"whole shards are {GO_ON}"),
+        (("shard", "s"), "open_source", f"whole shards are {GO_ON}"),
+        (("finetune",), "open_source", f"what was saved is {GO_ON}"),
+        (("check",), "open_source", f"nothing is {AGAIN}"),
+        (("probe", "-m", "m"), "open_source", f"nothing is {AGAIN}"),
+        (("export", "--to", "torch"), "load_model", f"nothing is {AGAIN}"),
+        (("bench",), "cases_of", f"nothing is {AGAIN}"),
     ],
-)
+)  # fmt: skip
 def test_ctrl_c_says_in_a_line_what_is_kept(
-    name: str, words: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...],
+    within: str,
+    told: str,
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    failing(monkeypatch, KeyboardInterrupt())
-    assert cli(name) == (130, "", f"stopped; {words}")
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.import_module(f"beit.commands.{words[0]}"), within, stopped)
+    assert cli(words[0], tmp_path, *words[1:]) == (130, "", f"stopped; {told}")
 
 
 def test_the_module_runs_as_the_program_does() -> None:
