@@ -373,7 +373,7 @@ def is_ours(file: Path) -> bool:
 
         try:
             return parquet.read_schema(file).names[: len(COLUMNS)] == COLUMNS
-        except ArrowInvalid:
+        except (ArrowInvalid, OSError):  # which of them, the bytes decide
             return False
     with file.open(newline="", **ENCODING) as stream:
         first = stream.readline()
