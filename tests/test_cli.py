@@ -107,6 +107,12 @@ def test_every_option_has_a_line_of_help_or_a_name_that_needs_none(name: str) ->
     assert not missing, f"no help for {', '.join(sorted(missing))}"
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_where_a_command_has_out_it_has_o(name: str, cli: Cli) -> None:
+    text = cli(name, "--help")[1]
+    assert ("--out" in text.split()) == ("-o" in text.split("Example")[0].split())
+
+
 def test_an_option_without_help_is_seen() -> None:
     code = (
         '@Parameter(name="*")\nclass A:\n    a: int\n    """Said."""\n    b: int = 1\n    c: int = 2\n'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from cyclopts import Parameter
@@ -32,7 +33,7 @@ TOLERANCE = 1e-5  # of the probe picture's outputs, relative to the largest
 class Convert:
     source: str
     """Folder, file, hub:owner/name or a name of `beit models`; a tokenizer's file too."""
-    out: Path
+    out: Annotated[Path, Parameter(alias="-o")]
     """Folder to write; a .pth file with --to unilm."""
     _: KW_ONLY
     to: Format = "transformers"

@@ -45,7 +45,7 @@ SPLITS = ("train", "val", "test")
 class Shard:
     data: Path
     """What a run would be given: a folder, a list, shards or Parquet; of train/ and val/ both."""
-    out: Path
+    out: Annotated[Path, Parameter(alias="-o")]
     """Folder for the shards; a run takes it as its data."""
     _: KW_ONLY
     short_side: PositiveInt = 256

@@ -82,7 +82,7 @@ def test_nothing_is_said_of_what_is_kept(cli: Cli, tmp_path: Path) -> None:
 
 def test_the_number_format_is_kept_or_made_float32(cli: Cli, tmp_path: Path) -> None:
     save(load(FILE, dtype=torch.float16), tmp_path / "half")
-    assert cli("convert", tmp_path / "half", tmp_path / "a")[0] == 0
+    assert cli("convert", tmp_path / "half", "-o", tmp_path / "a")[0] == 0
     assert cli("convert", tmp_path / "half", tmp_path / "b", fp32=True)[0] == 0
     assert {t.dtype for t in load_file(tmp_path / "a" / "model.safetensors").values()} == {torch.float16}
     assert {t.dtype for t in load_file(tmp_path / "b" / "model.safetensors").values()} == {torch.float32}

@@ -109,7 +109,7 @@ def test_quality_decides_the_size(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_pictures_without_labels_make_shards_without(cli: Cli, data: Path, tmp_path: Path) -> None:
-    assert cli("shard", data / "train" / "disc", tmp_path / "s")[0] == 0
+    assert cli("shard", data / "train" / "disc", "-o", tmp_path / "s")[0] == 0
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["shard-00000.tar", "shards.json"]
     with tarfile.open(tmp_path / "s" / "shard-00000.tar") as tar:
         assert all(name.endswith(".jpg") for name in tar.getnames())
