@@ -98,7 +98,7 @@ def naming(file: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_ROOM_OR_RIGHTS:
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(file)) from error
+        raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(file)) from error
 
 
 @contextmanager

@@ -310,8 +310,7 @@ def _save_openvino(graph: Any, file: Path, half_size: bool) -> None:
     except RuntimeError as error:
         if "iostream" not in str(error):
             raise
-        # It does not say why. Most often a full disk is it.
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise OSError(errno.ENOSPC, "OpenVINO does not say why, a full disk most often") from error
 
 
 def _attention_in_parts(graph: Any, head_dim: int) -> None:

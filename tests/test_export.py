@@ -361,7 +361,8 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(tmp_path: Path) ->
         env=ENVIRONMENT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     told = ["torch File too large True", "onnx File too large True"]
-    assert done.stdout.splitlines() == [*told, "openvino No space left on device True"], done.stderr
+    told.append("openvino OpenVINO does not say why, a full disk most often True")
+    assert done.stdout.splitlines() == told, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

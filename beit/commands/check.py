@@ -18,8 +18,8 @@ from cyclopts.types import NonNegativeInt
 from beit.atomic import check_place, replacing
 from beit.data import Bad, ImageSource, TooManyBadImages, has_split, open_source
 from beit.image import BadImage, open_image
-from beit.ranges import Share
 from beit.names import printable
+from beit.ranges import Share
 from beit.run import Progress
 from beit.workers import load_in_processes, now_doing
 
