@@ -49,8 +49,11 @@ def load_ahead(make: Callable[[int], T], steps: range, workers: int) -> Iterator
     if workers == 0:
         yield from map(make, steps)
         return
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         yield from make_ahead(pool, make, steps, 2 * workers)
+    finally:  # Ctrl-C may leave a lock held that the pool's threads wait for, see `cli.main`
+        pool.shutdown(wait=not isinstance(sys.exc_info()[1], KeyboardInterrupt))
 
 
 def make_ahead(pool: Executor, make: Callable[[S], T], steps: Iterable[S], ahead: int) -> Iterator[T]:

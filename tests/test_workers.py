@@ -105,6 +105,35 @@ def test_stopping_early_does_not_hang_and_makes_no_more(workers: int) -> None:
     assert len(made) == count <= 2 * workers + 1
 
 
+# Ctrl-C as it may come: a lock of the pool has been taken, and nobody gives it back.
+LOCK_LEFT_HELD = """
+import os, sys, threading
+from beit.workers import load_ahead
+
+honest, count = threading.Condition.__enter__, 0
+
+def enter(condition):
+    global count
+    got = honest(condition)
+    if sys._getframe(2).f_code.co_name == "_adjust_thread_count":
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+    return got
+
+threading.Condition.__enter__ = enter
+try:
+    list(load_ahead(lambda step: step, range(1000), 2))
+except KeyboardInterrupt:
+    os._exit(130)
+"""
+
+
+def test_ctrl_c_that_leaves_a_lock_held_waits_for_no_thread() -> None:
+    command = [sys.executable, "-c", LOCK_LEFT_HELD]
+    assert subprocess.run(command, env=ENVIRONMENT, timeout=30, check=False).returncode == 130
+
+
 def test_what_was_not_begun_is_not_done_after_stopping() -> None:
     made: list[int] = []
     go_on = threading.Event()
