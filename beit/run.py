@@ -65,8 +65,8 @@ WAIT_FOR_FOLDER_S = 60.0  # until another process leaves it
 PROVEN_WRONG = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 SAVE_AFTER_S = 900.0  # a kill or a power cut costs no more, however long a step takes
 
-# Settings of how a run is carried out, which change what it computes by rounding at most: they may
-# differ on resume.
+# Settings of how a run is carried out, which change what it computes by rounding at most (parts of a dVAE's
+# step by the age of its codes): they may differ on resume.
 FREE_SETTINGS = {
     "out", "overwrite", "workers", "device", "log_every", "save_every", "quiet", "keep_last",
     "keep_every", "device_batch_size", "shard", "gradient_checkpointing", "compile", "tensorboard",

@@ -465,15 +465,16 @@ class DiscreteVAE(nn.Module):
     def forward(self, images: Tensor, moves_codebook: bool = True) -> DiscreteVAEOutput:
         """Encode, quantise, decode, compare.
 
-        images: (B, 3, H, W) in [0, 1]. moves_codebook: in training, by this batch. Without it the
-        caller gives `update_codebook` what the parts of a step took, once a step.
+        images: (B, 3, H, W) in [0, 1]. moves_codebook: in training, by this batch, which is drawn with the
+        codes it has moved. Without it the caller gives `update_codebook` what the parts of a step took,
+        once a step.
         """
         check_view(images, self.stride)
         z = self.encoder(2 * images - 1)
-        quantise = self.quantise_gumbel if self.config.quantizer == "gumbel" else self.quantise_vq
-        codes, token_ids, directions = quantise(z)
-        if self.training and moves_codebook:
-            self.update_codebook(directions, token_ids)
+        if self.config.quantizer == "gumbel":
+            codes, token_ids, directions = self.quantise_gumbel(z)
+        else:
+            codes, token_ids, directions = self.quantise_vq(z, moves_codebook)
         reconstruction = self.draw(codes)
         loss = F.mse_loss(reconstruction.float(), images)
         return DiscreteVAEOutput(loss, reconstruction, token_ids, directions)
@@ -491,10 +492,12 @@ class DiscreteVAE(nn.Module):
         weights = F.gumbel_softmax(z.float(), tau=self.config.temperature, dim=1)  # (B, V, h, w)
         return torch.einsum("bvhw,vk->bkhw", weights, self.codebook.weight), token_ids, nowhere
 
-    def quantise_vq(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantise_vq(self, z: Tensor, moves_codebook: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """The nearest codes, whose gradient goes straight through to the encoder; ids; directions."""
         directions = self.directions(z)  # (B, h, w, K)
         token_ids = self.nearest(directions)
+        if self.training and moves_codebook:
+            self.update_codebook(directions.detach(), token_ids)
         codes = directions + (self.codebook(token_ids) - directions).detach()
         return codes.permute(0, 3, 1, 2), token_ids, directions.detach()
 

@@ -84,8 +84,8 @@ class TrainTokenizer:
     batch_size: PositiveInt = 64
     """Pictures a step, over all that take part in it."""
     device_batch_size: NonNegativeInt = 0
-    """At most so many at once, and as often as it takes; 0: all of a step together. The codebook still
-    moves once a step, by all of it."""
+    """At most so many at once, and as often as it takes; 0: all of a step together. The codebook moves once
+    a step, by all of it; a dvae's parts are drawn with its codes of before."""
     lr: NonNegativeFloat = 1e-3
     """Peak learning rate of AdamW."""
     min_lr: NonNegativeFloat | None = None
@@ -190,7 +190,8 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
             group["lr"] = lr
         at_once = settings.device_batch_size or len(pictures)
         parts = [pictures[start : start + at_once] for start in range(0, len(pictures), at_once)]
-        if isinstance(tokenizer, VQKD):
+        whole = len(parts) == 1
+        if isinstance(tokenizer, VQKD) and not whole:
             with autocast(settings.precision, device):
                 tokenizer.begin_codebook(to_unit(part, device) for part in parts)
         loss, error = torch.zeros(2, device=device)
@@ -201,13 +202,14 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
             share = len(part) / len(pictures)
             with distributed.gradients_sent(network, last=number == len(parts)):
                 with autocast(settings.precision, device):
-                    output = network(images, *target, moves_codebook=False)
+                    output = network(images, *target, moves_codebook=whole)
                 (share * output.loss).backward()
             loss += share * output.loss.detach()
             error += share * output.error.detach()
             taken.append((output.directions, output.token_ids.flatten(1)))
         directions, token_ids = map(torch.cat, zip(*taken, strict=True))
-        tokenizer.update_codebook(directions, token_ids)
+        if not whole:
+            tokenizer.update_codebook(directions, token_ids)
         if step % settings.log_every == 0:
             seen.clear()
         seen.add(token_ids, error)

@@ -194,19 +194,14 @@ def test_a_step_in_parts_is_the_step_of_all_of_it(
     words = ("train-tokenizer", shapes / "train")
     whole = run(tmp_path / "whole", *words, **settings)
     parts = run(tmp_path / "parts", *words, **settings, device_batch_size=5)
-    for key in ("live_codes", "perplexity", "psnr_db" if not options else "cosine"):
+    # A dVAE's parts are drawn with the codes of before the step, a whole one with those it moved.
+    for key in ("live_codes", "perplexity", *(["cosine"] if options else [])):
         assert parts.metrics[0][key] == pytest.approx(whole.metrics[0][key], rel=1e-4), key
     (codebook,) = {"codebook.weight", "quantize.embedding.weight"} & whole.weights.keys()
     torch.testing.assert_close(parts.weights[codebook], whole.weights[codebook], rtol=0, atol=1e-5)
-    # The first step of AdamW is the sign of each gradient.
-    ours, theirs = (
-        parts.weights["encoder." + FIRST[codebook]],
-        whole.weights["encoder." + FIRST[codebook]],
-    )
-    assert (ours - theirs).abs().lt(1e-6).float().mean() > 0.99
-
-
-FIRST = {"codebook.weight": "0.0.weight", "quantize.embedding.weight": "patch_embed.proj.weight"}
+    if options:  # the first step of AdamW is about lr times the sign of each gradient
+        ours, theirs = (done.weights["encoder.patch_embed.proj.weight"] for done in (parts, whole))
+        assert (ours - theirs).abs().lt(1e-6).float().mean() > 0.99
 
 
 def test_dead_codes_are_warned_of_below_a_half(shapes: Path, tmp_path: Path, tokenizer: Done) -> None:
