@@ -6,6 +6,7 @@ import ast
 import errno
 import importlib
 import inspect
+import os
 import shlex
 import signal
 import sys
@@ -285,6 +286,27 @@ def test_debugging_shows_where_any_error_came_from(cli: Cli, monkeypatch: pytest
     monkeypatch.setenv("BEIT_DEBUG", "1")
     with pytest.raises(ValueError, match="the user's"):
         cli()
+
+
+@pytest.mark.parametrize(
+    ("given", "becomes"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ],
+)
+def test_threads_that_wait_sleep_soon_unless_one_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], becomes: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that it is as it was afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(beit.cli, "run", lambda: None)
+    beit.cli.main()
+    assert os.environ.get("GOMP_SPINCOUNT") == becomes
 
 
 def test_ctrl_c_before_a_run_ends_with_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
