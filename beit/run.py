@@ -894,8 +894,11 @@ def tell_settings(settings: Any, unused: Collection[str] = ()) -> None:
     unused: those that have no part in it, and are left out.
     """
     described = {k: v for k, v in describe_settings(settings).items() if k not in unused}
+    command = as_typed(described.pop("command"))
     told = ", ".join(f"{k} {_toml_value(v)}" for k, v in described.items())
-    distributed.say(textwrap.fill(told, 108, break_long_words=False, break_on_hyphens=False))
+    distributed.say(
+        textwrap.fill(f"{command}: {told}", 108, break_long_words=False, break_on_hyphens=False)
+    )
 
 
 def as_typed(command: Any) -> str:

@@ -128,8 +128,9 @@ def test_info_tells_of_its_health(tokenizer: Done, cli: Cli) -> None:
 
 def test_settings_are_told_as_they_are_saved(tokenizer: Done) -> None:
     told = " ".join(tokenizer.said.split())
+    assert told.startswith("train-tokenizer: data ")
     for line in (tokenizer.folder / "run.toml").read_text().splitlines():
-        if line.split(" = ")[0] in NOT_OF["dvae"]:
+        if line.split(" = ")[0] in ("command", *NOT_OF["dvae"]):
             continue
         assert " ".join(line.split(" = ", 1)) in told
 
