@@ -552,7 +552,7 @@ def test_ctrl_c_that_leaves_a_lock_held_ends_the_process(
     words = ["classify", str(shapes), "-m", str(finetuned.folder), "-o", str(tmp_path / "out.csv")]
     done = subprocess.run(
         [sys.executable, "-c", LOCK_LEFT_HELD, *words],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 130, done.stderr
     assert "give the same command to go on" in done.stderr
