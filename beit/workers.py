@@ -32,6 +32,10 @@ T = TypeVar("T")
 
 NOTE_BYTES = 4096  # of the name of what a worker is doing
 MOST_DEATHS = 3  # of the workers of one loader that others take the place of; more are no accident
+CURES = (
+    "If memory was short, use fewer --workers; if it dies there again, take that picture away. "
+    "The same command goes on from what is saved"
+)
 
 
 class WorkerDied(RuntimeError):
@@ -112,10 +116,6 @@ def load_in_processes(make: Callable[[int], T], steps: range, workers: int) -> I
             worker.end()
 
 
-CURES = (
-    "If memory was short, use fewer --workers; if it dies there again, take that picture away. "
-    "The same command goes on from what is saved"
-)
 _note: mmap.mmap | None = None  # in a worker: what it is doing, for its parent to read
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, Cli
+from conftest import ENVIRONMENT, LOCK_LEFT_HELD, Cli
 
 from beit.checkpoints import load_model, save
 from beit.commands.classify import write_table
@@ -524,34 +524,12 @@ def test_a_killed_run_goes_on_past_a_torn_line(
     assert [line["label"] for line in lines] == [answer.label for answer in expected(finetuned, photos)]
 
 
-# Ctrl-C as it comes once in some ten times that it meets a pool's semaphore: its lock has been taken, and
-# nobody gives it back.
-LOCK_LEFT_HELD = """
-import sys, threading
-
-honest, count = threading.Condition.__enter__, 0
-
-def enter(condition):
-    global count
-    got = honest(condition)
-    if sys._getframe(2).f_code.co_name == "_adjust_thread_count":
-        count += 1
-        if count == 12:
-            raise KeyboardInterrupt
-    return got
-
-threading.Condition.__enter__ = enter
-from beit.cli import main
-main()
-"""
-
-
 def test_ctrl_c_that_leaves_a_lock_held_ends_the_process(
     finetuned: Done, shapes: Path, tmp_path: Path
 ) -> None:
     words = ["classify", str(shapes), "-m", str(finetuned.folder), "-o", str(tmp_path / "out.csv")]
     done = subprocess.run(
-        [sys.executable, "-c", LOCK_LEFT_HELD, *words],
+        [sys.executable, "-c", f"{LOCK_LEFT_HELD}\nfrom beit.cli import main\nmain()", *words],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 130, done.stderr
