@@ -13,23 +13,18 @@ processes the main one writes; all of them call everything.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
-import textwrap
-import threading
 import time
-from collections import ChainMap, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -37,7 +32,10 @@ from torch import Tensor, nn
 
 from beit import distributed
 from beit.atomic import CannotWrite, flush, write_atomically
+from beit.folder_lock import hold
 from beit.optim import EMA
+from beit.progress import Pace, Progress
+from beit.settings import RunError, check_same, describe_settings, is_in_use, to_toml
 from beit.snapshots import (
     Tensors,
     drop,
@@ -53,6 +51,7 @@ from beit.snapshots import (
 )
 from beit.stop import Stopped as Stopped
 from beit.stop import stop_signals as stop_signals
+from beit.training import OptimizerWatch, Training
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,122 +59,15 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
-WAIT_FOR_FOLDER_S = 60.0  # until another process leaves it
 # What a checkpoint gives whose bytes are not those that were written; of other errors a disk may recover.
 PROVEN_WRONG = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 SAVE_AFTER_S = 900.0  # a kill or a power cut costs no more, however long a step takes
-
-# Settings of how a run is carried out, which change what it computes by rounding at most (parts of a dVAE's
-# step by the age of its codes): they may differ on resume.
-FREE_SETTINGS = {
-    "out", "overwrite", "workers", "device", "log_every", "save_every", "quiet", "keep_last",
-    "keep_every", "device_batch_size", "shard", "gradient_checkpointing", "compile", "tensorboard",
-    "peak_tflops", "probe_data", "probe_layers", "look_epochs", "max_bad_images",
-}  # fmt: skip
-
-
-class RunError(ValueError):
-    """A run folder that cannot be used as asked."""
 
 
 class NotFinite(Exception):
     """Training that does not stay finite, though it was rolled back, or never was."""
 
     exit_code = 1
-
-
-@dataclasses.dataclass
-class Training:
-    """What a checkpoint holds: a model, its optimiser, its average, and how far they are."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer | None = None
-    ema: EMA | None = None
-    step: int = 0  # finished
-    skipped: int = 0  # updates that were left out, being not finite
-    in_a_row: int = 0  # of them, up to now
-    rolled_back: int = 0  # times
-    jumped: int = 0  # steps whose batches were passed over
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All there is to save, by file."""
-        files = {"model.safetensors": dict(self.model.state_dict())}
-        if self.optimizer is not None:
-            files["optimizer.safetensors"] = optimizer_tensors(self.model, self.optimizer)
-        if self.ema is not None:
-            files["ema.safetensors"] = self.ema.tensors
-        return files
-
-    def counters(self) -> dict[str, int]:
-        """What state.json holds."""
-        names = ("step", "skipped", "in_a_row", "rolled_back", "jumped")
-        return {name: getattr(self, name) for name in names}
-
-    def load(self, files: Mapping[str, Mapping[str, Tensor]], counters: Mapping[str, int]) -> None:
-        """Become what `tensors` and `counters` told."""
-        mine = {"model.safetensors": self.model.state_dict()}
-        if self.ema is not None:
-            mine["ema.safetensors"] = self.ema.tensors
-        for file, tensors in mine.items():
-            assert tensors.keys() == files[file].keys(), f"{file} holds other tensors"
-            for name, tensor in tensors.items():  # one by one, so never the whole of a sharded model
-                tensor.copy_(distributed.spread(files[file][name], tensor))
-        if self.optimizer is not None:
-            load_optimizer_tensors(self.model, self.optimizer, files["optimizer.safetensors"])
-        for key in self.counters():
-            setattr(self, key, counters[key])
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each process holds a part of the model."""
-        return any(map(distributed.is_sharded, self.model.parameters()))
-
-    def is_finite_here(self) -> bool:
-        """Whether every number that this process holds is finite."""
-        tensors = [distributed.local(t) for file in self.tensors().values() for t in file.values()]
-        parts = [t for t in tensors if t.is_floating_point() and t.numel()]
-        norms = torch._foreach_norm(parts)  # ten times as fast as asking each number
-        return bool(torch.stack([norm.float().cpu() for norm in norms]).isfinite().all())
-
-    def is_finite(self) -> bool:
-        """Whether every number of all processes is finite."""
-        return not distributed.highest(torch.tensor(float(not self.is_finite_here()))).item()
-
-
-class _Lock:
-    """A folder held by this process, however that ends, so that no other trains in it."""
-
-    handle = -1
-
-    def __init__(self, folder: Path) -> None:
-        self.handle = os.open(folder, os.O_RDONLY)
-        if self._is_taken():
-            print(f"{folder}: another process is at work there; waiting for its end", file=sys.stderr)
-        until = time.monotonic() + WAIT_FOR_FOLDER_S  # a job that was requeued meets the one before
-        while self._is_taken():
-            if time.monotonic() >= until:
-                raise RunError(
-                    f"another process is at work in {folder}; wait for its end, or choose another --out"
-                )
-            time.sleep(0.5)
-
-    def _is_taken(self) -> bool:
-        import fcntl  # Unix's alone
-
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass  # a file system without locks
-        return False
-
-    def __del__(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-
-
-_held: WeakValueDictionary[str, _Lock] = WeakValueDictionary()  # one a folder, for all Runs on it
 
 
 class Run:
@@ -190,7 +82,8 @@ class Run:
         self.metrics_file = self.out / "metrics.jsonl"
         self.checkpoints = self.out / "checkpoints"
         self.latest = ""  # the last logged numbers, for people
-        self._pace = _Pace()
+        self._pace = Pace()
+        self._training: Training | None = None
         self._board: Any = None
         self._progress: Progress | None = None
         distributed.on_main(lambda: self._open(settings, overwrite))
@@ -199,7 +92,7 @@ class Run:
         file = self.out / "run.toml"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._hold()
+            self._lock = hold(self.out)
             if overwrite and file.exists():
                 for path in self.out.iterdir():  # the settings last, so that half of it is still a run
                     if path != file:
@@ -215,11 +108,6 @@ class Run:
             raise CannotWrite(
                 f"cannot write the run folder {self.out}: {error.strerror or error}; choose another --out"
             ) from error
-
-    def _hold(self) -> None:
-        if os.name == "posix":
-            place = os.path.realpath(self.out)
-            self._lock = _held[place] = _held.get(place) or _Lock(self.out)
 
     def begin(self, same: Mapping[str, Any], told: Mapping[str, Any]) -> None:
         """Keep what the settings came to, or hold it against what a run that goes on began with.
@@ -273,7 +161,10 @@ class Run:
         In a loop that told `steps` its batch size, images_per_second, data_wait_percent, mfu_percent,
         memory_mib and skipped (updates that were not finite, so far) are added.
         """
-        values = {**values, **self._pace.read()}
+        pace = self._pace.read()
+        if pace and self._training is not None:
+            pace["skipped"] = self._training.skipped
+        values = {**values, **pace}
         if not distributed.is_main():
             return
         line = {"step": step, **{k: _short(v) for k, v in values.items()}}
@@ -442,24 +333,24 @@ class Run:
         Raises Stopped, having saved, where a stop signal asked for it; a step of more than 5 s is left
         to another thread's saving, and the process ends. CannotWrite where the disk is full.
         """
-        training = Training(model, optimizer, ema)
+        training = self._training = Training(model, optimizer, ema)
         self.resume(training)
         if tensorboard and distributed.is_main():
             self._board = open_board(self.out / "tensorboard", training.step)
         name = self.out.name
         if training.step:
             distributed.say(f"{name}: going on from step {training.step} of {total}")
-        frame = _Frame(training, next(model.parameters()).device)
+        watch = OptimizerWatch(training, next(model.parameters()).device)
         saves_at = [save_every, total]
         if look_every and training.is_sharded:
             saves_at.append(look_every)
         tried: list[int] = []  # the checkpoints that were gone back to
-        self._pace = _Pace(batch_size, flops_per_image, peak_flops * distributed.size(), training)
+        self._pace = Pace(batch_size, flops_per_image, peak_flops * distributed.size(), watch.device)
         self._progress = progress = Progress(name, total, quiet=not distributed.is_main())
 
         def rescue(code: int) -> int | None:
-            with frame.lock:
-                if frame.leaving:
+            with watch.lock:
+                if watch.leaving:
                     return None
                 what = f"stopped; step {training.step} of {total} could not be saved"
                 if self._is_saved(training.step):
@@ -468,7 +359,7 @@ class Run:
                     time.sleep(4)  # while the main process saves
                 elif training.is_finite_here() and not training.is_sharded:
                     files = training.tensors()
-                    files["model.safetensors"] |= frame.buffers
+                    files["model.safetensors"] |= watch.buffers
                     try:
                         self._write(training, files, keep_last, keep_every)
                         what = stopped_at(training.step, total)
@@ -484,14 +375,14 @@ class Run:
         ahead = from_here()
         saved = time.monotonic()
         try:
-            with stop_signals(rescue) as stop, progress, frame:
+            with stop_signals(rescue) as stop, progress, watch:
                 while training.step < total:
                     step = training.step
                     try:
                         with self._pace.waiting():
                             batch = next(ahead)
                     except Exception:  # of the pictures, or of who reads them
-                        with frame.lock:
+                        with watch.lock:
                             self._save_here(training, keep_last, keep_every)
                         raise
                     torch.manual_seed(step_seed(seed, step + training.jumped, distributed.rank()))
@@ -500,18 +391,18 @@ class Run:
                     progress.update(training.step, self.latest)
                     saving = any(training.step % steps == 0 for steps in saves_at)
                     long_ago = time.monotonic() - saved > SAVE_AFTER_S
-                    stopping, due, bad = frame.agree(bool(stop), long_ago, (step, batch), wait=saving)
+                    stopping, due, bad = watch.agree(bool(stop), long_ago, (step, batch), wait=saving)
                     if bad is not None:
                         self._capture(training, bad[0], bad[1], seed)
                     saving = saving or stopping or due
                     if training.in_a_row >= max_skipped or (saving and not training.is_finite()):
-                        with frame.lock:
+                        with watch.lock:
                             self._roll_back(training, tried)
                         close(ahead)
                         ahead = from_here()
                     elif saving:
-                        with frame.lock:
-                            frame.leaving = stopping
+                        with watch.lock:
+                            watch.leaving = stopping
                             self.save(training, keep_last, keep_every)
                         saved = time.monotonic()
                     if stopping:
@@ -591,131 +482,6 @@ class Run:
         distributed.say(f"{self.out.name}: step {step} is not finite and moved nothing; see {folder}")
 
 
-class _Frame:
-    """Watches the optimiser of a loop: when weights may be read, and which updates were left out."""
-
-    def __init__(self, training: Training, device: torch.device) -> None:
-        self.training, self.device = training, device
-        self.lock = threading.Lock()  # held while weights change or are saved
-        self.leaving = False
-        self.captured = False
-        # What the optimiser does not move, as it was after the last finished step: a forward pass may
-        # change buffers, and codebooks are parameters without a gradient.
-        self.buffers: dict[str, Tensor] = {}
-        self.versions: dict[str, int] = {}
-        self.skipped = torch.zeros((), device=device)
-        self.waiting: deque[tuple[Any, Tensor, torch.cuda.Event | None]] = deque()
-        parameters = dict(training.model.named_parameters())
-        self.frozen = {name for name, p in parameters.items() if not p.requires_grad}
-        self.buffer_names = training.model.state_dict().keys() - (parameters.keys() - self.frozen)
-
-    def __enter__(self) -> _Frame:
-        assert self.training.optimizer is not None
-        self._keep_buffers()
-        self.hooks = [
-            self.training.optimizer.register_step_pre_hook(self._before),
-            self.training.optimizer.register_step_post_hook(self._after),
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def _before(self, *_: object) -> None:
-        self.lock.acquire()
-
-    def _after(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self.skipped = getattr(optimizer, "found_inf", torch.zeros((), device=self.device))
-        if self.training.ema is not None:
-            self.training.ema.update(self.training.model)
-        self._keep_buffers()
-        self.training.step += 1
-        self.lock.release()
-
-    def _keep_buffers(self) -> None:
-        if self.buffer_names:
-            state = self.training.model.state_dict()
-            for name in self.buffer_names:
-                if name in self.frozen:  # a frozen encoder is copied once, a codebook whenever it moves
-                    if self.versions.get(name) == state[name]._version:
-                        continue
-                    self.versions[name] = state[name]._version
-                self.buffers[name] = state[name].clone()
-
-    def agree(self, stop: bool, save: bool, what: T, wait: bool) -> tuple[bool, bool, T | None]:
-        """Whether any process wants to stop, or to save; and the first step that was left out, once.
-
-        On a GPU the answer is that of the step before, which is there already, unless `wait`.
-        """
-        flags = torch.stack([torch.full((), float(f), device=self.device) for f in (stop, save, 0)])
-        flags[2] = self.skipped
-        flags = distributed.highest(flags).to("cpu", non_blocking=True)
-        event = None
-        if self.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-        self.waiting.append((what, flags, event))
-        stopping, saving, bad = False, False, None
-        while len(self.waiting) > (event is not None and not (wait or stopping or saving)):
-            what, flags, event = self.waiting.popleft()
-            if event is not None:
-                event.synchronize()
-            asked, due, skipped = flags.tolist()
-            stopping, saving = stopping or bool(asked), saving or bool(due)
-            self.training.skipped += int(skipped)
-            self.training.in_a_row = self.training.in_a_row + 1 if skipped else 0
-            if skipped and not self.captured:
-                self.captured, bad = True, what
-        return stopping, saving, bad
-
-
-class _Pace:
-    """What passed between two logged lines."""
-
-    def __init__(
-        self,
-        batch_size: int = 0,
-        flops_per_image: float = 0.0,
-        peak_flops: float = 0.0,
-        training: Training | None = None,
-    ) -> None:
-        self.batch_size, self.training = batch_size, training
-        self.share = flops_per_image / peak_flops if peak_flops else 0.0
-        self.began, self.waited, self.taken = time.perf_counter(), 0.0, 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """The time that the loop waits for a batch."""
-        began = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - began
-        self.taken += 1
-
-    def read(self) -> dict[str, float | int]:
-        """The numbers since the last time."""
-        if self.training is None or not self.batch_size:
-            return {}
-        seconds = time.perf_counter() - self.began
-        rate = self.taken * self.batch_size / seconds
-        values = {"images_per_second": rate, "data_wait_percent": 100 * self.waited / seconds}
-        if self.share:
-            values["mfu_percent"] = 100 * rate * self.share
-        values["memory_mib"] = peak_memory_mib(next(self.training.model.parameters()).device)
-        self.began, self.waited, self.taken = time.perf_counter(), 0.0, 0
-        return {**values, "skipped": self.training.skipped}
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """The most memory used so far: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 def open_board(folder: Path, step: int) -> Any:
     """A TensorBoard writer; what it holds of steps after `step` is forgotten."""
     try:
@@ -747,49 +513,6 @@ def check_folder(out: Path, settings: Any, overwrite: bool) -> None:
             check_same(out, settings, complete=False)
 
     distributed.on_main(check)
-
-
-def is_in_use(out: Path) -> bool:
-    """Whether a run folder holds anything; not counted is what a process killed at its beginning left."""
-    return any(not path.name.startswith(".run.toml.") for path in out.iterdir())
-
-
-def check_same(out: Path, settings: Any, complete: bool = True) -> list[str]:
-    """Hold settings against those that a folder's run has; returns, in words, which paths have moved.
-
-    complete: whether what only one of them has is compared too. Raises RunError.
-    """
-    file = out / "run.toml"
-    if not file.exists():
-        raise RunError(f"{out} is not empty and holds no run; choose another --out")
-    try:
-        before = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{file} is not TOML: {error}; --overwrite begins again") from error
-    now = tomllib.loads(to_toml(describe_settings(settings)))
-    if before.get("command") != now["command"]:
-        raise RunError(
-            f"{out} holds a run of beit {as_typed(before.get('command'))}, and this is beit "
-            f"{as_typed(now['command'])}; choose another --out, or give --overwrite to begin again"
-        )
-    paths = {key for key, value in vars(settings).items() if isinstance(value, Path)}
-    resolved = out / "resolved.toml"
-    known = tomllib.loads(resolved.read_text(encoding="utf-8")) if resolved.exists() else {}
-    moved = {key for key in paths if f"{key}_hash" in known}  # `begin` compares what lies there
-    changed = {
-        key: f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys() if complete else before.keys() & now.keys())
-        if key not in FREE_SETTINGS
-        and before.get(key) != now.get(key)
-        and not (key in paths and same_place(before.get(key), now.get(key)))
-    }
-    if changed.keys() - moved:
-        told = "; ".join(words for key, words in changed.items() if key not in moved)
-        raise RunError(
-            f"{out} holds a run with other settings ({told}). "
-            "Use the same settings to go on with it, --overwrite to begin again, or another --out"
-        )
-    return list(changed.values())
 
 
 def close(iterator: Iterator[Any]) -> None:
@@ -829,46 +552,10 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name: `exp_avg.blocks.0...`."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        f"{key}.{names[id(parameter)]}": value.detach()
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
-    """Give an optimiser the state that `optimizer_tensors` took from one of the same model."""
-    parameters = dict(model.named_parameters())
-    for full_name, value in tensors.items():
-        key, name = full_name.split(".", 1)
-        parameter = parameters[name]
-        if key == "step":  # a fused AdamW counts beside the parameter, any other on the CPU
-            value = value.to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
-        else:  # in the parameter's own strides, which a fused step takes for granted
-            whole = distributed.spread(value, parameter)
-            value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(whole)
-        optimizer.state[parameter][key] = value
-
-
 def _short(value: float | int | str | None) -> float | int | str | None:
     if isinstance(value, float):
         return float(f"{value:.6g}") if abs(value) < float("inf") else None
     return value
-
-
-# --- settings as TOML ------------------------------------------------------------------------------
-
-
-def describe_settings(settings: Any) -> dict[str, Any]:
-    """A command's dataclass as plain values, its name first; what is None is left out."""
-    values = {"command": type(settings).__name__, **dataclasses.asdict(settings)}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items() if v is not None}
 
 
 def surroundings(device: torch.device, precision: str) -> dict[str, Any]:
@@ -886,97 +573,3 @@ def weights_hash(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def tell_settings(settings: Any, unused: Collection[str] = ()) -> None:
-    """Print a command's settings, as they stand in run.toml, on stderr, once for all processes.
-
-    unused: those that have no part in it, and are left out.
-    """
-    described = {k: v for k, v in describe_settings(settings).items() if k not in unused}
-    command = as_typed(described.pop("command"))
-    told = ", ".join(f"{k} {_toml_value(v)}" for k, v in described.items())
-    distributed.say(
-        textwrap.fill(f"{command}: {told}", 108, break_long_words=False, break_on_hyphens=False)
-    )
-
-
-def as_typed(command: Any) -> str:
-    """A command as it is typed, by the name of its settings."""
-    return re.sub(r"\B[A-Z]", r"-\g<0>", str(command)).lower()
-
-
-def same_place(one: Any, other: Any) -> bool:
-    """Whether two paths lead to the same place, one of them perhaps relative."""
-    if not (isinstance(one, str) and isinstance(other, str)):
-        return False
-    return Path(one).resolve() == Path(other).resolve()
-
-
-def to_toml(values: dict[str, Any]) -> str:
-    """Flat settings as TOML."""
-    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    if isinstance(value, float):
-        return repr(value)  # inf and nan are TOML's words, not JSON's
-    # JSON's strings, but TOML knows no halves of characters and no bare delete.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-# --- progress --------------------------------------------------------------------------------------
-
-
-class Progress:
-    """Progress on stderr: a live bar on a terminal, elsewhere one plain line every 30 s."""
-
-    def __init__(self, label: str, total: int, quiet: bool = False) -> None:
-        self.label, self.total, self.quiet = label, total, quiet
-        self.started = self.last_line = time.monotonic()
-        self.first: int | None = None
-        self.bar: Any = None
-        if not quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            self.bar = Bar(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
-                console=Console(stderr=True),
-            )  # fmt: skip
-            self.task = self.bar.add_task(label, total=total, text="")
-            self.bar.start()
-
-    def update(self, done: int, text: str = "") -> None:
-        """`done` of the total are finished; `text` is the latest numbers."""
-        if self.first is None:  # what came before, such as compiling, says nothing of the pace
-            self.first, self.started = done, time.monotonic()
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, text=text)
-        elif not self.quiet and time.monotonic() - self.last_line > 30:
-            self.last_line = time.monotonic()
-            pace = (self.last_line - self.started) / max(done - self.first, 1)
-            left = f"{pace * (self.total - done):.0f} s left, " if done > self.first else ""
-            print(f"{self.label} {done}/{self.total}, {left}{text}", file=sys.stderr)
-
-    def tell(self, text: str) -> None:
-        """What takes the time now."""
-        if self.bar is not None:
-            self.bar.update(self.task, text=text)
-        elif not self.quiet:
-            print(f"{self.label}: {text}", file=sys.stderr)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self.bar is not None:
-            self.bar.stop()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

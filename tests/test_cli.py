@@ -22,7 +22,8 @@ from beit.checkpoints import CheckpointError
 from beit.cli import COMMANDS, app, exit_code, start_from
 from beit.image import BadImage
 from beit.recipes import FOLDER
-from beit.run import RunError, Stopped
+from beit.run import Stopped
+from beit.settings import RunError
 
 if sys.version_info >= (3, 11):
     import tomllib

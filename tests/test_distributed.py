@@ -35,7 +35,8 @@ from beit.data import batch_at, sample_rng
 from beit.masking import sample_mask
 from beit.model import BeitConfig, BeitForMaskedImageModeling
 from beit.optim import EMA, adamw, param_groups, update
-from beit.run import Run, RunError, Stopped
+from beit.run import Run, Stopped
+from beit.settings import RunError
 from beit.snapshots import load_snapshot, snapshots, verify_snapshot, write_files
 
 CONFIG = BeitConfig(

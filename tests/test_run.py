@@ -28,27 +28,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import beit.atomic
+import beit.folder_lock
+import beit.progress
 import beit.run
-from beit.atomic import CannotWrite, check_place, replacing, write_atomically
+from beit.atomic import CannotWrite
+from beit.folder_lock import FolderTaken
 from beit.optim import EMA, adamw, update
-from beit.run import (
-    FREE_SETTINGS,
-    NotFinite,
-    Progress,
-    Run,
-    RunError,
-    Stopped,
-    describe_settings,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    read_metrics,
-    step_seed,
-    to_toml,
-    weights_hash,
-)
+from beit.run import NotFinite, Run, Stopped, read_metrics, step_seed, weights_hash
+from beit.settings import FREE_SETTINGS, RunError
 from beit.snapshots import DTYPES, write_tensors
-from beit.stop import stop_at_once, stop_signals
+from beit.training import load_optimizer_tensors, optimizer_tensors
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -218,6 +207,14 @@ def test_two_newest_checkpoints_are_kept_and_the_last_step_is_one(tmp_path: Path
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints" / kept[0]).iterdir()) == [
         "SHA256SUMS", "ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json",
     ]  # fmt: skip
+
+
+def test_saved_checkpoints_hold_the_weights(tmp_path: Path) -> None:
+    training = train(tmp_path / "run", total=4)
+    training.go()
+    folder = tmp_path / "run" / "checkpoints" / "step-00000004"
+    same(load_file(folder / "model.safetensors"), training.model.state_dict())
+    same(load_file(folder / "ema.safetensors"), training.ema.tensors)
 
 
 @pytest.mark.parametrize(
@@ -721,7 +718,7 @@ def test_metrics_are_one_json_object_a_line_with_six_digits(tmp_path: Path) -> N
 def test_a_loop_of_known_size_logs_its_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps a line, each 1 s of waiting and 3 s of work, 8 pictures of 1 GFLOP, 10 GFLOP/s."""
     now = 0.0
-    monkeypatch.setattr(beit.run.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(beit.progress.time, "perf_counter", lambda: now)
 
     def batches(steps: range) -> Iterator[int]:
         nonlocal now
@@ -748,6 +745,26 @@ def test_a_loop_of_known_size_logs_its_pace(tmp_path: Path, monkeypatch: pytest.
         {"step": 4, **shared, "skipped": 1},
         {"step": 6, **shared, "skipped": 1},
     ]
+
+
+def test_what_takes_long_beside_the_training_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    training = train(tmp_path / "run", total=3)
+    training.poison = lambda training, _: watch(training)
+    training.poison_steps = {1}
+
+    def watch(training: Training) -> float:
+        with training.run.apart("probing it"):
+            pass
+        with training.run.apart():
+            pass
+        return 1.0
+
+    training.go()
+    with training.run.apart("the last probe"):
+        pass
+    assert capfd.readouterr().err == "run: probing it\nrun: the last probe\n"
 
 
 def test_tensorboard_that_is_not_installed_names_the_extra(
@@ -840,10 +857,10 @@ def test_a_folder_that_another_process_works_in_is_waited_for_and_refused(
     with subprocess.Popen(words, stdin=-1, stdout=-1) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        monkeypatch.setattr(beit.run, "WAIT_FOR_FOLDER_S", 0)
-        with pytest.raises(RunError, match="another process is at work in"):
+        monkeypatch.setattr(beit.folder_lock, "WAIT_S", 0)
+        with pytest.raises(FolderTaken, match="another process is at work in"):
             Run(tmp_path / "run", Settings(), overwrite=True)
-        monkeypatch.setattr(beit.run, "WAIT_FOR_FOLDER_S", 60)
+        monkeypatch.setattr(beit.folder_lock, "WAIT_S", 60)
         threading.Timer(0.2, process.kill).start()
         Run(tmp_path / "run", Settings())  # waits for its end
     assert (tmp_path / "run" / "run.toml").exists()
@@ -952,40 +969,6 @@ def test_finished_is_where_the_model_is(tmp_path: Path) -> None:
     assert run.finished
 
 
-# --- Settings as TOML ----------------------------------------------------------------------------
-
-
-VALUES: list[Any] = [
-    *(0, -3, 10**12, 1.5, 1e-6, 1e22, 4e-3, 0.1 + 0.2, math.inf, -math.inf, True, False),
-    *("", "a b", "é 猫 🐈", 'say "no"\\n', "tab\tline\n", "\x7f\x01"),
-    *([], [0.9, 0.98], [1.0, math.inf], ["a", "b"], [True]),
-]
-
-
-@pytest.mark.parametrize("value", VALUES)
-def test_settings_come_back_from_toml_as_they_went(value: Any) -> None:
-    assert tomllib.loads(to_toml({"key": value, "last": 1})) == {"key": value, "last": 1}
-
-
-def test_every_commands_settings_come_back_from_toml() -> None:
-    from beit.commands.demo import Demo
-    from beit.commands.finetune import Finetune
-    from beit.commands.pretrain import Pretrain
-    from beit.commands.train_tokenizer import TrainTokenizer
-
-    path = Path("/pictures/mit Leerzeichen \\ und ü")
-    for settings in (
-        Demo(),
-        Finetune(path, model="m", out=path, val=path),
-        Pretrain(path, tokenizer=path, out=path, img_size=64),
-        TrainTokenizer(path, out=path),
-    ):
-        described = describe_settings(settings)
-        assert tomllib.loads(to_toml(described)) == json.loads(json.dumps(described))
-        assert described["command"] == type(settings).__name__
-        assert None not in described.values()
-
-
 # --- Stop signals --------------------------------------------------------------------------------
 
 
@@ -1036,223 +1019,3 @@ def test_a_signal_while_the_last_step_is_saved_is_not_lost(
             train(tmp_path / "run").go()
     assert caught.value.exit_code == 143
     same(train(tmp_path / "run").go(), unbroken[0])
-
-
-def test_outside_a_loop_a_signal_is_raised_at_once(capfd: pytest.CaptureFixture[str]) -> None:
-    with stop_at_once():
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            with pytest.raises(SystemExit) as caught:  # which no `except Exception` swallows
-                signal.raise_signal(number)
-            assert caught.value.code == 143
-            assert f"stopped by {signal.Signals(number).name}" in capfd.readouterr().err
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_a_loop_inside_asks_and_gives_the_signals_back() -> None:
-    with stop_at_once():
-        with stop_signals() as stop:
-            signal.raise_signal(signal.SIGTERM)
-            assert stop.exit_code == 143
-        with pytest.raises(SystemExit):
-            signal.raise_signal(signal.SIGTERM)
-
-
-def test_an_ignored_signal_stays_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        with stop_signals() as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert not stop
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_machines_may_repeat_themselves() -> None:
-    with stop_signals() as stop:
-        for _ in range(3):
-            signal.raise_signal(signal.SIGTERM)
-        assert stop.exit_code == 143
-
-
-def test_a_second_ctrl_c_stops_at_once() -> None:
-    with stop_signals() as stop:
-        assert not stop
-        signal.raise_signal(signal.SIGINT)
-        assert stop
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        assert stop.exit_code == 130
-
-
-def test_the_first_signal_gives_the_code() -> None:
-    with stop_signals() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        assert stop.exit_code == 143
-
-
-def test_outside_the_main_thread_signals_are_left_alone() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    def use() -> int:
-        with stop_signals() as stop:
-            return stop.exit_code
-
-    before = signal.getsignal(signal.SIGTERM)
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(use).result(10) == 0
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-# --- Progress ------------------------------------------------------------------------------------
-
-
-def test_progress_off_a_terminal_is_a_plain_line_every_half_minute(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    now = 0.0
-    monkeypatch.setattr(beit.run.time, "monotonic", lambda: now)
-    with Progress("flowers.run", 100) as progress:
-        for done in range(1, 101):
-            now += 1.0
-            progress.update(done, "loss 2.5")
-    out, err = capfd.readouterr()
-    lines = err.splitlines()
-    assert out == ""
-    assert len(lines) == 3
-    assert lines[0].startswith("flowers.run 31/100, ")
-    assert lines[0].endswith("loss 2.5")
-    left = float(lines[1].split(", ")[1].removesuffix(" s left"))
-    assert left == pytest.approx(100 - 62, abs=2)  # a second a step
-
-
-def test_the_time_until_the_first_step_says_nothing_of_the_pace(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    now = 0.0
-    monkeypatch.setattr(beit.run.time, "monotonic", lambda: now)
-    with Progress("run", 100) as progress:
-        for done in (1, 2, 3):
-            now = 460.0 + 40 * done
-            progress.update(done, "loss 2.5")
-    assert capfd.readouterr().err.splitlines() == [
-        "run 1/100, loss 2.5", "run 2/100, 3920 s left, loss 2.5", "run 3/100, 3880 s left, loss 2.5",
-    ]  # fmt: skip
-
-
-def test_what_takes_long_beside_the_training_is_told(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    training = train(tmp_path / "run", total=3)
-    training.poison = lambda training, _: watch(training)
-    training.poison_steps = {1}
-
-    def watch(training: Training) -> float:
-        with training.run.apart("probing it"):
-            pass
-        with training.run.apart():
-            pass
-        return 1.0
-
-    training.go()
-    with training.run.apart("the last probe"):
-        pass
-    assert capfd.readouterr().err == "run: probing it\nrun: the last probe\n"
-
-
-def test_quiet_progress_is_silent(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    now = 0.0
-    monkeypatch.setattr(beit.run.time, "monotonic", lambda: now)
-    with Progress("x", 3, quiet=True) as progress:
-        now = 1000.0
-        progress.update(1)
-    assert capfd.readouterr().err == ""
-
-
-# --- Atomic files --------------------------------------------------------------------------------
-
-
-def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
-    file = tmp_path / "a.json"
-    for content in (b"one", b"second", b""):
-        write_atomically(file, content)
-        assert file.read_bytes() == content
-        assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_a_link_is_written_through_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "real.json").write_bytes(b"old")
-    link = tmp_path / "link.json"
-    link.symlink_to(tmp_path / "store" / "real.json")
-    os.mkfifo(tmp_path / "pipe.json")
-    check_place(link)
-    write_atomically(link, b"new")
-    with replacing(link) as beside:
-        assert beside.parent == tmp_path / "store"
-        beside.write_bytes(b"newer")
-    assert link.is_symlink()
-    assert [p.read_bytes() for p in (tmp_path / "store").iterdir()] == [b"newer"]
-    for wrong, what in ((tmp_path / "pipe.json", "a device"), (tmp_path / "store", "a folder")):
-        with pytest.raises(CannotWrite, match=f"it is {what}; name a file"):
-            check_place(wrong)
-        with pytest.raises(CannotWrite, match=f"it is {what}; name a file"):
-            write_atomically(wrong, b"new")
-    assert (tmp_path / "pipe.json").is_fifo()
-
-
-@pytest.mark.parametrize("where", ["replace", "fsync"])
-def test_a_write_cut_short_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    file = tmp_path / "a.json"
-    write_atomically(file, b"old")
-
-    def cut(*_: object) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(beit.atomic.os, where, cut)
-    with pytest.raises(OSError, match="Input/output"):
-        write_atomically(file, b"new")
-    monkeypatch.undo()
-    assert file.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"], "a part is left beside it"
-    write_atomically(file, b"new")
-    assert file.read_bytes() == b"new"
-
-
-def test_a_full_disk_is_told_of_the_file_that_was_wanted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(path: Path, content: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        write_atomically(tmp_path / "a.json", b"new")
-    assert caught.value.filename == str(tmp_path / "a.json")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_content_is_on_the_disk_before_it_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(beit.atomic.os, "fsync", lambda handle: order.append("fsync") or fsync(handle))
-    monkeypatch.setattr(beit.atomic.os, "replace", lambda a, b: order.append("replace") or replace(a, b))
-    write_atomically(tmp_path / "a", b"x")
-    assert order[:2] == ["fsync", "replace"]
-
-
-def test_saved_checkpoints_hold_the_weights(tmp_path: Path) -> None:
-    training = train(tmp_path / "run", total=4)
-    training.go()
-    folder = tmp_path / "run" / "checkpoints" / "step-00000004"
-    same(load_file(folder / "model.safetensors"), training.model.state_dict())
-    same(load_file(folder / "ema.safetensors"), training.ema.tensors)

@@ -19,8 +19,8 @@ from beit.atomic import check_place, replacing
 from beit.data import Bad, ImageSource, TooManyBadImages, has_split, open_source
 from beit.image import BadImage, open_image
 from beit.names import printable
+from beit.progress import Progress
 from beit.ranges import Share
-from beit.run import Progress
 from beit.workers import load_in_processes, now_doing
 
 SPLITS = ("train", "val", "test")

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO
 
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
@@ -27,9 +27,7 @@ from beit.engine import Engine, Entry, Picture, Precision, Prediction, Runtime
 from beit.hub import resolve
 from beit.listing import expand, is_address
 from beit.names import json_line, printable
-
-if TYPE_CHECKING:
-    from beit.run import Progress
+from beit.progress import Progress
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 COLUMNS = ["path", "label", "score", "error"]  # the first ones of a .csv or a Parquet file
@@ -245,8 +243,6 @@ Write = Callable[[Prediction], Any]
 
 def progress_of(places: list[ImageSource | str]) -> Progress:
     """How far it is: a bar on a terminal, elsewhere a line each half minute; nothing of a list on stdin."""
-    from beit.run import Progress  # waits for torch
-
     total = sum(len(place) if isinstance(place, ImageSource) else 1 for place in places)
     return Progress("pictures", total, quiet="-" in places)
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from cyclopts import Parameter
@@ -47,10 +47,8 @@ from beit.graphs import EmbedPooling
 from beit.hub import resolve
 from beit.listing import list_names
 from beit.plural import counted
+from beit.progress import Progress
 from beit.stop import stop_at_once
-
-if TYPE_CHECKING:
-    from beit.run import Progress
 
 SHARD_SIZE = {"mean": 10_000, "cls": 10_000, "tokens": 256}  # 15 MB, and 77 MB, of base-224 in fp16
 
@@ -266,8 +264,6 @@ def write_missing(
     refuse_others(settings.out, held, facts)
     if settings.verbose:
         print(f"{engine.runtime} {engine.precision}: {engine.why}", file=sys.stderr)
-
-    from beit.run import Progress  # waits for torch
 
     folder = Embeddings(settings.out)
     shards, bad = work or missing(folder, settings, *which_part(settings.part))

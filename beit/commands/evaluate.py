@@ -50,7 +50,7 @@ from beit.names import printable
 from beit.precision import Precision
 from beit.probe import review_labels, review_several
 from beit.report import Page
-from beit.run import describe_settings
+from beit.settings import describe_settings
 from beit.split import MOST_LOOKED_AT, Looked, data_hash, look, real_place
 from beit.validation import score
 

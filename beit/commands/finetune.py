@@ -39,7 +39,8 @@ from beit.model import Beit, BeitForImageClassification, variant
 from beit.optim import EMA, adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
 from beit.ranges import AboveZero, BelowOne, CropScale, Magnitude, Share
-from beit.run import Run, check_folder, describe_settings, surroundings
+from beit.run import Run, check_folder, surroundings
+from beit.settings import describe_settings
 from beit.split import data_hash, write_split
 from beit.validation import Validation, logits_of, score
 

@@ -35,7 +35,8 @@ from beit.model import BeitForMaskedImageModeling, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
 from beit.ranges import AboveZero, BelowOne, CropScale, Numbers, Share
-from beit.run import Run, Stopped, check_folder, surroundings, tell_settings, weights_hash
+from beit.run import Run, Stopped, check_folder, surroundings, weights_hash
+from beit.settings import settings_in_words
 from beit.split import data_hash
 from beit.tokenizer import DalleTokenizer, PixelTargets, Tokenizer
 from beit.visualize import hide_patches, mark_patches, strip, to_bytes
@@ -228,7 +229,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         warmup = total // 2
     batch_size = min(settings.batch_size, len(source))
     peak, peak_from = peak_flops(device, settings.precision, settings.peak_tflops)
-    tell_settings(settings)
+    distributed.say(settings_in_words(settings))
     precision = resolve_precision(settings.precision, device)
     run.begin(
         {

@@ -33,8 +33,8 @@ from PIL import Image
 from beit.atomic import CURE, CannotWrite, flush, naming, write_atomically
 from beit.data import MANIFEST, Bad, BadImages, ImageSource, SomeSkipped, has_split, open_source
 from beit.image import BadImage, open_image
+from beit.progress import Progress
 from beit.ranges import Share
-from beit.run import Progress
 from beit.workers import load_in_processes, now_doing
 
 SPLITS = ("train", "val", "test")

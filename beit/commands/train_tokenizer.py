@@ -30,9 +30,11 @@ from beit.metrics import CodebookUse, codebook_use, psnr
 from beit.model import Beit, BeitForMaskedImageModeling, check_size, variant
 from beit.optim import adamw, cosine_schedule, param_groups, update
 from beit.precision import Precision, autocast, resolve_precision
+from beit.progress import Progress
 from beit.ranges import CropScale, Share
 from beit.report import Page
-from beit.run import Progress, Run, check_folder, read_metrics, surroundings, tell_settings
+from beit.run import Run, check_folder, read_metrics, surroundings
+from beit.settings import settings_in_words
 from beit.split import data_hash
 from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig
 from beit.visualize import img_tag, line_chart, png_bytes, strip, to_bytes
@@ -159,7 +161,7 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
             yield [picture for _, picture in samples]
 
     every = max(1, total // 10)
-    tell_settings(settings, NOT_OF[settings.kind])
+    distributed.say(settings_in_words(settings, unused=NOT_OF[settings.kind]))
     run.begin(
         {
             "pictures": len(source), "data_hash": data_hash([source], None), "steps": total,

@@ -23,7 +23,7 @@ from conftest import ENVIRONMENT, LOCK_LEFT_HELD, Cli
 from beit.checkpoints import load_model, save
 from beit.commands.classify import write_table
 from beit.engine import Engine, Prediction
-from beit.run import Progress
+from beit.progress import Progress
 
 from .conftest import Done
 

@@ -14,7 +14,7 @@ import pytest
 
 from beit.checkpoints import load
 from beit.cli import app
-from beit.run import describe_settings
+from beit.settings import describe_settings
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -87,7 +87,7 @@ def train():
     from pathlib import Path
     import torch
     from torch import nn
-    import beit.run
+    import beit.training
     from beit.optim import EMA, adamw, update
     from beit.run import Run
 
@@ -99,7 +99,7 @@ def train():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     optimizer, ema = adamw(list(model.parameters()), lr=0.1), EMA(model, 0.9)
-    beit.run.Training.is_sharded = slow_phase.startswith("sharded")
+    beit.training.Training.is_sharded = slow_phase.startswith("sharded")
     batches = lambda steps: steps
     for step, _ in run.steps(model, optimizer, 8, batches, 100, seed=0, ema=ema, look_every=5):
         if step == 5:
