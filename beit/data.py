@@ -15,7 +15,6 @@ import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +50,6 @@ MANIFEST = "shards.json"  # how many shards of a split `beit shard` makes
 MOST_IN_A_ROW = 100  # unreadable pictures, then it is the disk
 SMALL = 64  # pixels a side: such a picture is decoded once and kept, up to
 KEPT_BYTES = 64 << 20  # of them in each process
-PAUSES_S = (0.2, 1.0)  # before a disk or a network that did not answer is asked again
 
 
 # --- Sources -------------------------------------------------------------------------------------
@@ -453,7 +451,7 @@ class Loader:
                     continue
                 try:
                     # The place keeps its draws, so that a stand-in is not the same crop twice.
-                    value = self._patiently(chosen, (seed, epoch, index), prepare)
+                    value = prepare(self._open(chosen), sample_rng(seed, epoch, index))
                 except BadImage as error:
                     bad.append(Bad(chosen, self.source.name(chosen), error.code, error.reason))
                     self._unreadable.add(chosen)
@@ -463,22 +461,6 @@ class Loader:
             else:
                 return _Made(samples, bad, min(MOST_IN_A_ROW, size))
         return _Made(samples, bad, 0)
-
-    def _patiently(
-        self,
-        index: int,
-        draws: tuple[int, int, int],
-        prepare: Callable[[OpenImage, np.random.Generator], T],
-    ) -> T:
-        """A picture prepared; where it is not the picture's fault that it is not there, asked for again."""
-        for pause in PAUSES_S:
-            try:
-                return prepare(self._open(index), sample_rng(*draws))
-            except BadImage as error:
-                if not error.may_pass:
-                    raise
-            time.sleep(pause)
-        return prepare(self._open(index), sample_rng(*draws))
 
     def _open(self, index: int) -> OpenImage:
         """A picture; a small one whole, kept or not, so that its pixels are always the same."""

@@ -27,12 +27,13 @@ import os
 import re
 import stat
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Literal, get_args
+from functools import cache, wraps
+from typing import Literal, ParamSpec, TypeVar, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, _imaging
@@ -54,8 +55,11 @@ PASSING = {
         "ECONNREFUSED", "ECONNABORTED", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH",
     )
 } - {None}  # fmt: skip
+PAUSES_S = (0.2, 1.0)  # before it is asked again
 READ_COST = 4096  # bytes that a read counts at least, so that a header of single bytes ends as well
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 FILTERS = {
@@ -81,13 +85,28 @@ class BadImage(ValueError):
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
 
-    @property
-    def may_pass(self) -> bool:
-        """Whether a disk or a network did not answer, which says nothing of the picture."""
-        cause = self.__cause__
-        return isinstance(cause, (ConnectionError, TimeoutError)) or (
-            isinstance(cause, OSError) and cause.errno in PASSING
-        )
+
+def patiently(ask: Callable[P, T]) -> Callable[P, T]:
+    """What reads a file, asking twice more where the disk or the network did not answer.
+
+    That says nothing of the picture: in a training another would take its place, in a table of results
+    its error would stand.
+    """
+
+    @wraps(ask)
+    def asked(*args: P.args, **kwargs: P.kwargs) -> T:
+        for pause in PAUSES_S:
+            try:
+                return ask(*args, **kwargs)
+            except (BadImage, OSError) as error:
+                cause = error.__cause__ if isinstance(error, BadImage) else error
+                gone = isinstance(cause, (ConnectionError, TimeoutError))
+                if not (gone or getattr(cause, "errno", None) in PASSING):
+                    raise
+            time.sleep(pause)
+        return ask(*args, **kwargs)
+
+    return asked
 
 
 @dataclass(frozen=True)
@@ -235,6 +254,7 @@ class OpenImage:
             return anywhere and _orientation(image) >= 5
         return _orientation(image) >= 5
 
+    @patiently
     def _content(self, path: str | os.PathLike[str]) -> bytes:
         """A file, if there may be a picture in it: what is refused takes no memory of its own size."""
         with open_file(path, self.name) as file:

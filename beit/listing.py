@@ -32,7 +32,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from beit.image import IMAGE_EXTENSIONS, BadImage, check_file_size, open_file
+from beit.image import IMAGE_EXTENSIONS, BadImage, check_file_size, open_file, patiently
 from beit.workers import load_in_processes
 
 WORTH_KEEPING_S = 0.5  # an index that took longer to make is kept
@@ -203,6 +203,7 @@ def file_system(address: str) -> tuple[Any, str]:
         raise ValueError(f"{address} cannot be opened: {error}") from error
 
 
+@patiently
 def _bytes(file: str, name: str, start: int = 0, size: int | None = None) -> bytes:
     """A file, or `size` bytes of it; errors call it `name`."""
     try:
@@ -635,6 +636,7 @@ def _row_group(file: str, group: int) -> Any:
     return column.field("bytes") if "." in image else column
 
 
+@patiently
 def _parquet_image(file: str, group: int, row: int, name: str) -> bytes:
     try:
         content = _row_group(file, group)[row].as_py()

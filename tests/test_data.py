@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from beit.data import (
     open_source,
     sample_rng,
 )
-from beit.image import OpenImage
+from beit.image import OpenImage, open_image
 from beit.masking import sample_mask
 
 
@@ -512,7 +513,7 @@ def test_a_disk_that_does_not_answer_is_asked_again(
 
     real = os.open
     monkeypatch.setattr("beit.image.os.open", opened)
-    monkeypatch.setattr("beit.data.PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("beit.image.PAUSES_S", (0.0, 0.0))
     loader = loader_of(source, tmp_path, workers=0, batch_size=6)
     (batch,) = loader.batches(range(1), draw)
     assert calls == asked
@@ -520,6 +521,38 @@ def test_a_disk_that_does_not_answer_is_asked_again(
     assert (3 in [index for index, _ in batch]) == (not listed)
     for index, (red, _) in batch:
         assert index == red
+
+
+@pytest.mark.parametrize("where", ["a path", "a table", "a glimpse"])
+def test_any_reader_asks_a_network_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    source = put_with_bad(tmp_path, 2, set())
+    content = Path(source.name(1)).read_bytes()
+    pauses: list[float] = []
+    asked = 0
+
+    def away(real: Callable[..., Any]) -> Callable[..., Any]:
+        def opened(path: str, *rest: Any) -> Any:
+            nonlocal asked
+            if os.fspath(path) == source.name(1):
+                asked += 1
+                if asked < 3:
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return real(path, *rest)
+
+        return opened
+
+    monkeypatch.setattr("beit.image.os.open", away(os.open))
+    monkeypatch.setattr("beit.listing.open", away(open), raising=False)
+    monkeypatch.setattr("beit.image.time.sleep", pauses.append)
+    if where == "a path":
+        assert open_image(source.name(1)).size
+    elif where == "a table":
+        assert source.paths.content(1) == content
+    else:
+        assert source.paths.glimpse(1).startswith(b"%d " % len(content))
+    assert (asked, pauses) == (3, [0.2, 1.0])
 
 
 def test_bad_pictures_are_listed_once_with_their_reasons(tmp_path: Path) -> None:
