@@ -116,7 +116,7 @@ STOPPED = {
     **dict.fromkeys(TRAININGS, "what was saved is kept, give the same command to go on"),
     **dict.fromkeys(("embed", "shard"), "whole shards are kept, give the same command to go on"),
     **dict.fromkeys(
-        ("probe", "evaluate", "search", "check", "export", "bench", "bench-pretrain"),
+        ("probe", "evaluate", "search", "check", "convert", "export", "bench", "bench-pretrain"),
         "nothing is kept, give the same command to begin again",
     ),
 }

@@ -11,6 +11,7 @@ from cyclopts.validators import Number
 Share = Annotated[float, Parameter(validator=Number(gte=0, lte=1))]  # [0, 1]
 BelowOne = Annotated[float, Parameter(validator=Number(gte=0, lt=1))]  # [0, 1)
 AboveZero = Annotated[float, Parameter(validator=Number(gt=0, lte=1))]  # (0, 1]
+NotNegative = Annotated[float, Parameter(validator=Number(gte=0, lt=float("inf")))]  # [0, inf)
 Magnitude = Annotated[float, Parameter(validator=Number(gte=0, lte=10))]  # RandAugment's
 
 

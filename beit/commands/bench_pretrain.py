@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
+from cyclopts.types import NonNegativeInt, PositiveInt
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +38,7 @@ from beit.masking import sample_mask
 from beit.model import BeitConfig, BeitForMaskedImageModeling, variant
 from beit.optim import adamw, param_groups, update
 from beit.precision import Precision, autocast, pick_device, resolve_precision
+from beit.ranges import NotNegative
 from beit.tokenizer import DalleConfig, DalleTokenizer, Tokenizer
 
 
@@ -63,7 +64,7 @@ class BenchPretrain:
     device: str = "auto"
     workers: NonNegativeInt = 2
     """Processes that prepare pictures."""
-    peak_tflops: NonNegativeFloat = 0.0
+    peak_tflops: NotNegative = 0.0
     """What MFU is a share of; 0: known or measured."""
     json: bool = False
     """Print one JSON line instead of a table."""

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
+from cyclopts.types import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from beit import distributed
@@ -38,7 +38,7 @@ from beit.metrics import fit_temperature
 from beit.model import Beit, BeitForImageClassification, variant
 from beit.optim import EMA, adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
-from beit.ranges import AboveZero, BelowOne, CropScale, Magnitude, Share
+from beit.ranges import AboveZero, BelowOne, CropScale, Magnitude, NotNegative, Share
 from beit.run import Run, check_folder, surroundings
 from beit.settings import describe_settings
 from beit.split import data_hash, write_split
@@ -80,19 +80,19 @@ class Finetune:
     """Passes over the pictures; so many that 50,000 are seen where not given, from 10 to 100."""
     steps: NonNegativeInt = 0
     """Training steps; 0 follows `epochs`."""
-    warmup_epochs: NonNegativeFloat | None = None
+    warmup_epochs: NotNegative | None = None
     """Of rising learning rate; 20, but at most a fifth of the run, where not given."""
     batch_size: PositiveInt | None = None
     """Pictures a step, over all that take part in it; 64 where not given, fewer below 640 pictures."""
     device_batch_size: NonNegativeInt = 0
     """At most so many at once, and as often as it takes; 0: all of a step together."""
-    lr: NonNegativeFloat | None = None
+    lr: NotNegative | None = None
     """Peak learning rate of the head, 0.001 where not given; the paper's 4e-3 is for a batch of 1024."""
-    min_lr: NonNegativeFloat = 1e-6
+    min_lr: NotNegative = 1e-6
     layer_decay: AboveZero | None = None
     """Each layer below learns this much slower: 0.65 base, 0.75 large where not given; 1 turns it off."""
-    weight_decay: NonNegativeFloat = 0.05
-    clip_grad_norm: NonNegativeFloat = 0.0
+    weight_decay: NotNegative = 0.05
+    clip_grad_norm: NotNegative = 0.0
     """0 turns clipping off."""
     ema_decay: BelowOne = 0.0
     """Validate and keep a running average of the weights, 0.9999 is usual; 0 the weights themselves."""
@@ -109,9 +109,9 @@ class Finetune:
     """Magnitude of RandAugment, up to 10; the paper's is 9. 0 turns it off."""
     reprob: Share = 0.0
     """Probability of erasing a box; the paper's is 0.25."""
-    mixup: NonNegativeFloat = 0.0
+    mixup: NotNegative = 0.0
     """How evenly two pictures are mixed; the paper's is 0.8. 0 turns it off."""
-    cutmix: NonNegativeFloat = 0.0
+    cutmix: NotNegative = 0.0
     """How large a piece of another picture is pasted in; the paper's is 1. 0 turns it off."""
     calibrate: Annotated[bool, Parameter(negative="--no-calibrate")] = True
     """Divide the head by the temperature that fits the validation pictures best."""

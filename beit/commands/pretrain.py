@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
+from cyclopts.types import NonNegativeInt, PositiveInt
 from PIL import Image
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ from beit.metrics import codebook_use
 from beit.model import BeitForMaskedImageModeling, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
-from beit.ranges import AboveZero, BelowOne, CropScale, Numbers, Share
+from beit.ranges import AboveZero, BelowOne, CropScale, NotNegative, Numbers, Share
 from beit.run import Run, Stopped, check_folder, surroundings, weights_hash
 from beit.settings import settings_in_words
 from beit.split import data_hash
@@ -60,7 +60,7 @@ class Pretrain:
     """Patch view in pixels; the model's own where not given."""
     crop_ratio: AboveZero | None = None
     """Centre that evaluation looks at; 0.875 below 384 pixels where not given, 1 shows all."""
-    init_values: NonNegativeFloat | None = None
+    init_values: NotNegative | None = None
     """LayerScale at the start; the model's own where not given."""
     drop_path: BelowOne = 0.1
     """Stochastic depth of the last block."""
@@ -76,26 +76,26 @@ class Pretrain:
     """Passes over the pictures."""
     steps: NonNegativeInt = 0
     """Training steps; 0 follows `epochs`."""
-    warmup_epochs: NonNegativeFloat = 10.0
+    warmup_epochs: NotNegative = 10.0
     warmup_steps: NonNegativeInt = 0
     """0 follows `warmup_epochs`."""
     batch_size: PositiveInt = 256
     """Pictures a step, over all that take part in it."""
     device_batch_size: NonNegativeInt = 0
     """At most so many at once, and as often as it takes; 0: all of a step together."""
-    lr: NonNegativeFloat = 1.5e-3
+    lr: NotNegative = 1.5e-3
     """Peak learning rate: the paper's, of base at a batch of 2048. Small networks did best here at 4e-3 to
     8e-3 with a batch of 64."""
-    min_lr: NonNegativeFloat = 1e-5
+    min_lr: NotNegative = 1e-5
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    weight_decay: NonNegativeFloat = 0.05
-    clip_grad_norm: NonNegativeFloat = 3.0
+    weight_decay: NotNegative = 0.05
+    clip_grad_norm: NotNegative = 3.0
     """0 turns clipping off."""
     crop_scale: CropScale = (0.08, 1.0)
     """Share of a picture's area that a crop covers."""
     hflip: Share = 0.5
     """Probability of mirroring; 0 for writing and signs."""
-    color_jitter: NonNegativeFloat = 0.4
+    color_jitter: NotNegative = 0.4
     """Strength of changes in brightness, contrast and saturation; 0 turns them off."""
     token_filter: Filter = "lanczos"
     """How the tokenizer's view is resized: lanczos in v1, bicubic in v2."""
@@ -136,7 +136,7 @@ class Pretrain:
     of over 100 epochs 100 times at most, and probes about ten times."""
     tensorboard: bool = False
     """Log to OUT/tensorboard too."""
-    peak_tflops: NonNegativeFloat = 0.0
+    peak_tflops: NotNegative = 0.0
     """What MFU is a share of; 0: known or measured."""
     overwrite: bool = False
     """Begin again where the folder holds a run."""

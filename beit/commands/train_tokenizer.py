@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
+from cyclopts.types import NonNegativeInt, PositiveInt
 from PIL import Image
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ from beit.model import Beit, BeitForMaskedImageModeling, check_size, variant
 from beit.optim import adamw, cosine_schedule, param_groups, update
 from beit.precision import Precision, autocast, resolve_precision
 from beit.progress import Progress
-from beit.ranges import CropScale, Share
+from beit.ranges import CropScale, NotNegative, Share
 from beit.report import Page
 from beit.run import Run, check_folder, read_metrics, surroundings
 from beit.settings import settings_in_words
@@ -88,11 +88,11 @@ class TrainTokenizer:
     device_batch_size: NonNegativeInt = 0
     """At most so many at once, and as often as it takes; 0: all of a step together. The codebook moves once
     a step, by all of it; a dvae's parts are drawn with its codes of before."""
-    lr: NonNegativeFloat = 1e-3
+    lr: NotNegative = 1e-3
     """Peak learning rate of AdamW."""
-    min_lr: NonNegativeFloat | None = None
+    min_lr: NotNegative | None = None
     """Where the rate ends; a hundredth of the peak where not given."""
-    warmup_epochs: NonNegativeFloat | None = None
+    warmup_epochs: NotNegative | None = None
     """A tenth of the run, 100 steps at most, where not given."""
     crop_scale: CropScale = (0.3, 1.0)
     """Share of a picture's area that a training crop covers."""
