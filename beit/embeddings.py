@@ -33,8 +33,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from beit.atomic import CannotWrite, flush, is_alive, write_atomically
+from beit.cache import UNSETTLED_S, cache_folder
 from beit.hub import sha256_of
-from beit.listing import UNSETTLED_S, cache_folder
 
 MANIFEST = "embeddings.json"
 BAD_IMAGES = "bad_images.csv"
@@ -419,7 +419,7 @@ def model_sha256(path: Path) -> str:
     files = [file for file in files if file.is_file()]
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     known = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:32]
-    kept = cache_folder().parent / "hashes" / known
+    kept = cache_folder("hashes") / known
     with suppress(OSError):
         text = kept.read_text()
         if len(text) == 64:

@@ -15,10 +15,7 @@ Shapes: B batch, D width, C classes, N = 1 + L tokens.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
-import platform
 import sys
 import threading
 import time
@@ -34,6 +31,15 @@ from PIL import Image
 
 from beit.atomic import write_atomically
 from beit.data import Bad, ImageSource
+from beit.graph_cache import (
+    digest,
+    forget_old_graphs,
+    graph_folder,
+    keep_choice,
+    kept_choice,
+    key_of,
+    versions,
+)
 from beit.graphs import (
     RUNTIME_OF,
     SUFFIX_OF,
@@ -48,10 +54,9 @@ from beit.graphs import (
     open_graph,
     require,
 )
-from beit.hub import resolve, sha256_of
+from beit.hub import resolve
 from beit.image import BadImage, ImageSpec, Source, open_image, preprocess, resized_spec
-from beit.listing import cache_folder
-from beit.workers import make_ahead
+from beit.workers import available_processors, make_ahead
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +66,6 @@ if TYPE_CHECKING:
 Runtime = Literal["auto", "torch", "openvino", "onnx"]
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 
-SMALL_FLOPS = 1e9  # of a picture: below, nothing gains over plain torch what it takes to prepare
-KEPT_BYTES = 4 << 30  # of graphs; the longest unused go first
 TIE = {"fp32": 1e-3, "bf16": 0.05}  # classes this near, in deviations of the logits, may change places
 LEAST_COSINE = {"fp32": 0.9999, "bf16": 0.999}  # of logits or features, to torch's in fp32
 
@@ -251,6 +254,7 @@ class Engine:
         import torch
 
         from beit.precision import pick_device, resolve_precision
+        from beit.torch_model import TorchModel
 
         self.runtime, self.device = "torch", pick_device(self._device)
         assert precision != "int8"
@@ -360,11 +364,7 @@ class Engine:
         self, images: Pictures, pooling: EmbedPooling = "mean", layer: int | None = None
     ) -> Iterator[Embedding]:
         """Features in the order of the pictures; pooling and layer as in `features.embed`."""
-        depth = self.depth
-        if pooling not in get_args(EmbedPooling):
-            raise ValueError(f"pooling {pooling!r} is not one of {', '.join(get_args(EmbedPooling))}")
-        if layer is not None and not -depth - 1 <= layer <= depth:
-            raise ValueError(f"layer {layer} does not exist; this model has layers 0 to {depth}")
+        Output("features", pooling, layer).check(self.depth)
 
         def answers() -> Iterator[Embedding]:
             compute = lambda batch: self.features_array(batch, pooling, layer)  # noqa: E731
@@ -456,7 +456,7 @@ class Engine:
 
     def _main_output(self) -> Output:
         """What a graph is made of first."""
-        kept = _cache() / f"{self._model_key()}.kind"
+        kept = graph_folder() / f"{self._model_key()}.kind"
         if self._model is None and kept.is_file():
             return Output() if kept.read_text() == "classification" else Output("features")
         output = Output() if self.has_classifier else Output("features")
@@ -471,7 +471,7 @@ class Engine:
         elif not self._key:
             from beit.export import hash_of
 
-            self._key = _digest(hash_of(self._loaded()) + _versions())
+            self._key = digest(hash_of(self._loaded()) + versions())
         return self._key
 
     def _graph(self, output: Output) -> Graph:
@@ -481,18 +481,18 @@ class Engine:
         if self._path is None and self._model is None:
             held = next(iter(self._graphs))
             raise GraphError(
-                f"{self.name} holds {_words(held)}, not {_words(output)}; "
-                f"write what is needed: beit export MODEL --to {self.runtime} {_flags(output)}"
+                f"{self.name} holds {held.in_words()}, not {output.in_words()}; "
+                f"write what is needed: beit export MODEL --to {self.runtime} {output.as_flags()}"
             )
         half = self.precision == "bf16"
         name = "-".join(map(str, (self._model_key(), *asdict(output).values(), self.precision)))
-        file = _cache() / f"{name}{SUFFIX_OF[self.runtime]}"
+        file = graph_folder() / f"{name}{SUFFIX_OF[self.runtime]}"
         if not file.is_file():
             from beit.export import export
 
             assert self.runtime in ("openvino", "onnx")
             export(self._loaded(), file, self.runtime, output, half_size=half)  # type: ignore[arg-type]
-            _forget_old(file)
+            forget_old_graphs(file)
         os.utime(file)
         self._graphs[output] = open_graph(file, self.precision, self.threads)
         return self._graphs[output]
@@ -504,7 +504,7 @@ class Engine:
         import torch
 
         from beit.export import OutputOf
-        from beit.flops import forward_flops
+        from beit.torch_model import TorchModel, is_small
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -512,7 +512,7 @@ class Engine:
         best = "bf16" if multiplies_bf16() else "fp32"
         wanted = best if precision == "auto" else str(precision)
         torch_choice = {"runtime": "torch", "precision": wanted}
-        if forward_flops(model.config) < SMALL_FLOPS:
+        if is_small(model):
             return {**torch_choice, "why": "the model is too small for another runtime to gain by it"}
         output = self._main_output()
         size = model.config.image_height_width
@@ -555,108 +555,8 @@ class Engine:
             why += f"; {name} left out: {reason}"
         choice = {"runtime": fastest, "precision": wanted, "why": why, "ms": ms}
         self._graphs = {}
-        write_atomically(
-            _choice_file(self._model_key(), self.threads, precision),
-            json.dumps(choice, indent=1).encode(),
-        )
+        keep_choice(choice, self._model_key(), self.threads, precision)
         return choice
-
-
-class TorchModel:
-    """A model computed by torch on any device. One call at a time."""
-
-    def __init__(
-        self,
-        model: Beit,
-        device: torch.device,
-        precision: str,
-        own: bool,
-        compile: bool = False,
-    ) -> None:
-        """own: whether the model is the engine's, to be changed; another's may change while it is used.
-
-        compile: compile each block, instead of folding it on a processor.
-        """
-        import torch
-
-        from beit.flops import forward_flops
-        from beit.folded import fold
-
-        self.device, self.precision = device, precision
-        model.to(device, torch.float32).eval()  # many files hold float16
-        self._model = model
-        folded = own and device.type == "cpu" and not compile
-        folded = folded and forward_flops(model.config) >= SMALL_FLOPS
-        self._one_by_one = folded and fold(model, precision)
-        if own and precision == "bf16":
-            halve(model)
-        for block in model.blocks if compile else ():
-            block.compile()
-
-    def __call__(self, output: Output, images: np.ndarray) -> np.ndarray:
-        import torch
-
-        from beit.export import OutputOf
-        from beit.precision import autocast
-
-        batch = torch.from_numpy(images).to(self.device)
-        assert self.precision in ("fp32", "bf16")
-        with torch.inference_mode(), autocast(self.precision, self.device):  # type: ignore[arg-type]
-            compute = OutputOf(self._model, output)
-            parts = [
-                compute(part) for part in batch.split(1 if self._one_by_one else max(1, len(batch)))
-            ]
-            answer: np.ndarray = torch.cat(parts).float().cpu().numpy()
-        return answer
-
-
-def halve(model: Beit) -> None:
-    """Hold the weights of a model's products, and its biases, in bf16; it is run under autocast.
-
-    autocast alone casts all weights anew for each batch. The states between blocks stay float32, for the
-    reason that `folded` gives.
-    """
-    import torch
-    from torch import nn
-
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            module.to(torch.bfloat16)
-        table = getattr(module, "relative_position_bias_table", None)
-        if table is not None:
-            table.data = table.data.to(torch.bfloat16)
-    model.patch_embed.register_forward_hook(lambda module, args, patches: patches.float())
-
-
-def key_of(path: Path) -> str:
-    """A name for a model file or folder, and for the versions that its graphs depend on."""
-    files = sorted(path.glob("*.json")) if path.is_dir() else []
-    return _digest(sha256_of(path) + "".join(file.read_text() for file in files) + _versions())
-
-
-def _choice_file(key: str, threads: int | None, precision: str) -> Path:
-    return _cache() / f"choice-{_digest(f'{key} {machine()} {threads} {precision}')}.json"
-
-
-def kept_choice(key: str, threads: int | None, precision: str) -> dict[str, Any] | None:
-    """What was measured before to be the fastest for a model on this machine."""
-    try:
-        choice: dict[str, Any] = json.loads(_choice_file(key, threads, precision).read_text())
-    except (OSError, ValueError):
-        return None
-    return choice if choice["runtime"] == "torch" or installed(choice["runtime"]) else None
-
-
-def known_choice(path: Path) -> str:
-    """What `auto` was found to be for a model file or folder on this machine, in words, if it was."""
-    choice = kept_choice(key_of(path), None, "auto")
-    if choice is None:
-        return "not measured here yet; the first classify or embed does"
-    return f"{choice['runtime']} {choice['precision']}: {choice['why']}"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def agree(ours: np.ndarray, exact: np.ndarray, precision: str, output: Output) -> tuple[bool, float]:
@@ -686,54 +586,6 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return np.where(logits >= 0, positive, 1 - positive)
 
 
-def machine() -> str:
-    """The processor, how many of it there are, and its instructions, in a line."""
-    model = platform.processor() or platform.machine()
-    try:
-        facts = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        known = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in facts}
-        flags = hashlib.sha256(known.get("flags", "").encode()).hexdigest()[:8]
-        model = f"{known.get('model name', model)} {flags}"
-    except OSError:
-        pass
-    return f"{model} x {available_processors()}"
-
-
-def _versions() -> str:
-    names = ("beit", "torch", "openvino", "onnxruntime")
-    found = {dist.metadata["Name"]: dist.version for dist in _distributions(names)}
-    return " ".join(f"{name} {found.get(name, '-')}" for name in names)
-
-
-def _distributions(names: Iterable[str]) -> Iterator[Any]:
-    from importlib.metadata import PackageNotFoundError, distribution
-
-    for name in names:
-        try:
-            yield distribution(name)
-        except PackageNotFoundError:
-            continue
-
-
-def _cache() -> Path:
-    """Where graphs and choices are kept: $XDG_CACHE_HOME/beit/graphs, or ~/.cache/beit/graphs."""
-    folder = cache_folder().parent / "graphs"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _forget_old(new: Path) -> None:
-    """Delete the graphs longest unused while all take more than 4 GiB."""
-    graphs = sorted((f for f in _cache().iterdir() if is_graph(f)), key=lambda f: -f.stat().st_mtime)
-    total = 0
-    for file in graphs:
-        parts = [part for part in (file, file.with_suffix(".bin")) if part.is_file()]
-        total += sum(part.stat().st_size for part in parts)
-        if total > KEPT_BYTES and file != new:
-            for part in parts:
-                part.unlink(missing_ok=True)
-
-
 def _has_gpu(device: str) -> bool:
     if device == "cpu":
         return False
@@ -745,21 +597,6 @@ def _has_gpu(device: str) -> bool:
     return torch.cuda.is_available()
 
 
-def _words(output: Output) -> str:
-    if output.kind != "features":
-        return output.kind
-    layer = "the last layer" if output.layer is None else f"layer {output.layer}"
-    return f"features ({output.pooling}, {layer})"
-
-
-def _flags(output: Output) -> str:
-    flags = f"--kind {output.kind}"
-    if output.kind == "features":
-        flags += f" --pooling {output.pooling}"
-        flags += "" if output.layer is None else f" --layer {output.layer}"
-    return flags
-
-
 def each(images: Pictures) -> Iterator[Picture]:
     """The pictures of what may be one, many, or a source."""
     if isinstance(images, ImageSource):
@@ -769,8 +606,3 @@ def each(images: Pictures) -> Iterator[Picture]:
     if isinstance(images, np.ndarray) and images.ndim < 4:
         return iter([images])
     return iter(images)
-
-
-def available_processors() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

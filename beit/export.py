@@ -40,7 +40,6 @@ from beit.features import embed
 from beit.graphs import (
     SUFFIX_OF,
     About,
-    EmbedPooling,
     GraphError,
     Kind,
     Output,
@@ -67,10 +66,7 @@ class ExportRefused(GraphError):
 
 def check_output(model: Beit, output: Output) -> None:
     """Refuse what this model does not have."""
-    if output.kind not in get_args(Kind):
-        raise ValueError(f"kind {output.kind!r} is not one of {', '.join(get_args(Kind))}")
-    if output.pooling not in get_args(EmbedPooling):
-        raise ValueError(f"pooling {output.pooling!r} is not one of {', '.join(get_args(EmbedPooling))}")
+    output.check(model.config.depth)
     name = type(model).__name__
     if output.kind == "classification" and not (
         isinstance(model, BeitForImageClassification) and model.config.num_classes
@@ -78,9 +74,6 @@ def check_output(model: Beit, output: Output) -> None:
         raise GraphError(f"{name} has no classifier; fine-tune it first, or use --kind features")
     if output.kind == "masked" and not isinstance(model, BeitForMaskedImageModeling):
         raise GraphError(f"{name} guesses no tokens; --kind masked is for a pre-trained model")
-    depth = model.config.depth
-    if output.layer is not None and not -depth - 1 <= output.layer <= depth:
-        raise ValueError(f"layer {output.layer} does not exist; this model has layers 0 to {depth}")
 
 
 class OutputOf(nn.Module):

@@ -16,14 +16,13 @@ import os
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from beit.atomic import replacing
+from beit.cache import cache_folder, forget_old
 from beit.embeddings import Embeddings, unit
-from beit.listing import cache_folder
 
 TEN = 10  # neighbours that an index is tried with
 RECALL = 0.99  # of the ten nearest of some of its own pictures
@@ -83,7 +82,7 @@ def opened(folder: Embeddings) -> Any:
     """The index of a folder: kept from before, or made now."""
     import faiss
 
-    file = cache_folder().parent / "faiss" / f"{key_of(folder)}.faiss"
+    file = cache_folder("faiss") / f"{key_of(folder)}.faiss"
     with suppress(RuntimeError, OSError):  # none there, or damaged: make it
         if file.is_file():
             os.utime(file)
@@ -93,7 +92,7 @@ def opened(folder: Embeddings) -> Any:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as beside:
             faiss.write_index(index, str(beside))
-        forget_old(file)
+        forget_old([(index,) for index in file.parent.glob("*.faiss")], KEPT_BYTES, file)
         say(f"kept in {file}, {file.stat().st_size / 1e6:,.0f} MB")
     except (OSError, ValueError, RuntimeError) as error:  # faiss says RuntimeError for a full disk
         say(f"not kept: {error}")
@@ -152,15 +151,6 @@ def sample(folder: Embeddings, count: int) -> np.ndarray:
     """(min(count, n), D) float32 vectors, evenly over all."""
     chosen = np.unique(np.linspace(0, len(folder) - 1, min(count, len(folder))).round().astype(np.int64))
     return folder.rows(chosen).astype(np.float32)
-
-
-def forget_old(new: Path) -> None:
-    """Delete the indices longest unused while all take more than KEPT_BYTES."""
-    total = 0
-    for file in sorted(new.parent.glob("*.faiss"), key=lambda f: -f.stat().st_mtime):
-        total += file.stat().st_size
-        if total > KEPT_BYTES and file != new:
-            file.unlink(missing_ok=True)
 
 
 def say(words: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit.graphs import EmbedPooling
+from beit.graphs import EmbedPooling, Output
 from beit.image import Source, preprocess, read_image
 from beit.model import Beit
 from beit.precision import Precision, autocast
@@ -51,8 +51,7 @@ def embed(
         None is the end: the last block and the model's last norm, so that a classifier's own pooling
         gives what its head gets.
     """
-    if pooling not in get_args(EmbedPooling):
-        raise ValueError(f"pooling {pooling!r} is not one of {', '.join(get_args(EmbedPooling))}")
+    Output("features", pooling, layer).check(model.config.depth)
     (states,) = model.layers(images, [model.config.depth if layer is None else layer])
     if layer is None:
         states = model.norm(states)  # nothing in a classifier from the mean, whose norm comes after it

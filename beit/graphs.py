@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -48,6 +48,31 @@ class Output:
     kind: Kind = "classification"
     pooling: EmbedPooling = "mean"
     layer: int | None = None
+
+    def check(self, depth: int) -> None:
+        """Raise a ValueError for what no model of so many blocks has."""
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind {self.kind!r} is not one of {', '.join(get_args(Kind))}")
+        if self.pooling not in get_args(EmbedPooling):
+            allowed = ", ".join(get_args(EmbedPooling))
+            raise ValueError(f"pooling {self.pooling!r} is not one of {allowed}")
+        if self.layer is not None and not -depth - 1 <= self.layer <= depth:
+            raise ValueError(f"layer {self.layer} does not exist; this model has layers 0 to {depth}")
+
+    def in_words(self) -> str:
+        """For people."""
+        if self.kind != "features":
+            return self.kind
+        layer = "the last layer" if self.layer is None else f"layer {self.layer}"
+        return f"features ({self.pooling}, {layer})"
+
+    def as_flags(self) -> str:
+        """As `beit export` takes it."""
+        flags = f"--kind {self.kind}"
+        if self.kind == "features":
+            flags += f" --pooling {self.pooling}"
+            flags += "" if self.layer is None else f" --layer {self.layer}"
+        return flags
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,11 @@ from typing import IO, Any
 
 import numpy as np
 
+from beit.cache import UNSETTLED_S, cache_folder
 from beit.image import IMAGE_EXTENSIONS, BadImage, check_file_size, open_file, patiently
 from beit.workers import load_in_processes
 
 WORTH_KEEPING_S = 0.5  # an index that took longer to make is kept
-UNSETTLED_S = 2.0  # a file changed this lately may change again within its time stamp
 MAX_CLASSES = 100_000  # more different labels are captions
 RUN_FILE = "run.toml"  # every folder of a run has one
 CLASS_FILES = ("classes.txt", "classnames.txt")  # beside shards: the name of class 0, 1, ...
@@ -275,18 +275,13 @@ def _spell_out(pattern: str) -> Iterator[str]:
 # --- The index that is kept ----------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where indices are kept: $XDG_CACHE_HOME/beit/index, or ~/.cache/beit/index."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit" / "index"
-
-
 def _kept(what: str, make: Callable[[], tuple[Listing, list[str]]]) -> Listing:
     """make()'s listing, or the one kept under this name while what it watched has not changed.
 
     make returns the listing and the files and folders that it was made from.
     """
     key = hashlib.sha256(os.fsencode(f"{what}\n{os.getcwd()}"))  # paths are kept as they were given
-    folder = cache_folder() / key.hexdigest()[:32]
+    folder = cache_folder("index") / key.hexdigest()[:32]
     with suppress(OSError, ValueError, KeyError):  # none there, or not whole: make it
         about = json.loads((folder / "about.json").read_text())
         if all(_stamp(place) == stamp for place, stamp in about["watched"]):

@@ -251,3 +251,8 @@ def _receive(pipe: Connection) -> Answer:
     finally:
         os.close(memory)
     return pickle.loads(content, buffers=[shared[start : start + size] for start, size in spans])
+
+
+def available_processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -35,9 +35,10 @@ import beit.export
 from beit.checkpoints import load_model, save
 from beit.commands.bench import PACKAGES, ceiling, in_a_process, peak_mib, rival
 from beit.data import open_source
-from beit.engine import Engine, Runtime, machine
+from beit.engine import Engine, Runtime
 from beit.export import export
 from beit.flops import forward_flops
+from beit.graph_cache import machine
 from beit.graphs import SUFFIX_OF, multiplies_bf16, open_graph
 from beit.image import preprocess, read_image
 from beit.model import VARIANTS, BeitForImageClassification

@@ -22,11 +22,13 @@ from PIL import Image
 
 from beit.checkpoints import CheckpointError, load, load_model, save
 from beit.data import open_source
-from beit.engine import Engine, Prediction, TorchModel, agree, known_choice
+from beit.engine import Engine, Prediction, agree
 from beit.export import export
+from beit.graph_cache import known_choice
 from beit.graphs import EmbedPooling, GraphError, Output
 from beit.image import IMAGENET_MEAN, IMAGENET_STD, BadImage, ImageSpec, preprocess, read_image
 from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
+from beit.torch_model import TorchModel
 
 CONFIG = BeitConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=6)
 exact = partial(Engine, runtime="torch", precision="fp32")
@@ -531,19 +533,19 @@ def test_auto_measures_once_and_then_opens_the_graph_without_loading_the_model(
     folder: Path, files: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import beit.checkpoints
-    import beit.engine
+    import beit.torch_model
 
     assert Engine(folder).why == "the model is too small for another runtime to gain by it"
     assert not list(cache.glob("choice-*"))
-    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 0)
-    honest, threads = beit.engine.TorchModel.__call__, list[int]()
+    monkeypatch.setattr(beit.torch_model, "SMALL_FLOPS", 0)
+    honest, threads = beit.torch_model.TorchModel.__call__, list[int]()
 
     def slow(model: TorchModel, output: Output, images: np.ndarray) -> np.ndarray:
         time.sleep(0.1)
         threads.append(torch.get_num_threads())
         return honest(model, output, images)
 
-    monkeypatch.setattr(beit.engine.TorchModel, "__call__", slow)
+    monkeypatch.setattr(beit.torch_model.TorchModel, "__call__", slow)
     first = Engine(folder, precision="fp32")
     assert first.runtime in ("openvino", "onnx")
     assert first.why.startswith(f"fastest of those that agree with torch in fp32: {first.runtime} ")
@@ -565,8 +567,8 @@ def test_auto_measures_once_and_then_opens_the_graph_without_loading_the_model(
 
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parents[1]))
-    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 0)
-    monkeypatch.setattr(beit.engine.TorchModel, "__call__", slow)
+    monkeypatch.setattr(beit.torch_model, "SMALL_FLOPS", 0)
+    monkeypatch.setattr(beit.torch_model.TorchModel, "__call__", slow)
     before = torch.get_num_threads()
     threads.clear()
     Engine(folder, precision="fp32", threads=before + 1)
@@ -575,9 +577,9 @@ def test_auto_measures_once_and_then_opens_the_graph_without_loading_the_model(
 
 
 def test_auto_leaves_out_what_does_not_agree(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import beit.engine
+    import beit.torch_model
 
-    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 0)
+    monkeypatch.setattr(beit.torch_model, "SMALL_FLOPS", 0)
     monkeypatch.setattr(beit.engine, "LEAST_COSINE", {"fp32": 1.1})
     engine = Engine(folder, precision="fp32", threads=1)
     assert engine.runtime == "torch"
@@ -595,9 +597,9 @@ def test_another_best_class_does_not_agree_but_a_tie_does() -> None:
 def test_without_a_place_for_graphs_torch_answers(
     folder: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import beit.engine
+    import beit.torch_model
 
-    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 0)
+    monkeypatch.setattr(beit.torch_model, "SMALL_FLOPS", 0)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     engine = Engine(folder)

@@ -11,7 +11,7 @@ from test_embeddings import filled
 
 import beit.faiss_index
 from beit.embeddings import Embeddings, EmbeddingsError
-from beit.faiss_index import forget_old, key_of, nearest
+from beit.faiss_index import key_of, nearest
 
 pytest.importorskip("faiss")
 
@@ -116,18 +116,6 @@ def test_a_cache_that_cannot_be_written_costs_only_the_keeping(
     cache.write_text("a file where a folder should be")
     assert nearest(folder, queries, 5)[1].shape == (3, 5)
     assert "not kept: " in capsys.readouterr().err
-
-
-def test_the_longest_unused_indices_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
-    monkeypatch.setattr(beit.faiss_index, "KEPT_BYTES", 250)
-    for age, name in enumerate("dcba"):
-        file = tmp_path / f"{name}.faiss"
-        file.write_bytes(bytes(100))
-        os.utime(file, (1000 - age, 1000 - age))
-    forget_old(tmp_path / "a.faiss")
-    assert sorted(path.name for path in tmp_path.glob("*.faiss")) == ["a.faiss", "c.faiss", "d.faiss"]
 
 
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,13 +21,15 @@ FLOORS = {
     5: {"commands"},  # and every file in it
     4: {"labelled", "frozen", "validation", "classifier_report", "label_review", "finetune_defaults",
         "finetune_report", "watch"},
-    3: {"engine", "probe", "report", "split", "faiss_index", "run"},
-    2: {"features", "export", "checkpoints", "data", "visualize", "embeddings", "training"},
+    3: {"engine", "probe", "report", "split", "faiss_index", "run",
+        "torch_model"},
+    2: {"features", "export", "checkpoints", "data", "visualize", "embeddings", "training",
+        "graph_cache"},
     1: {"vqkd", "augment", "unpickle", "hub", "layouts", "configs", "handover", "distributed",
         "listing", "snapshots", "flops", "duplicates", "graphs", "folded", "any_size"},
     0: {"model", "relative_position", "tokenizer", "masking", "image", "metrics", "optim", "precision",
         "atomic", "recipes", "ranges", "names", "plural", "workers", "stop", "criterion", "settings",
-        "progress", "folder_lock"},
+        "progress", "folder_lock", "cache"},
 }  # fmt: skip
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 
@@ -47,6 +49,7 @@ SIDEWAYS = {
     ("finetune_report", "labelled"): "what was learned",
     ("finetune_report", "validation"): "the looks are a curve",
     ("watch", "frozen"): "a look is at what a head on frozen blocks would get",
+    ("engine", "torch_model"): "torch is one of its runtimes",
     ("export", "features"): "an exported graph pools as features are pooled",
     ("__main__", "cli"): "`python -m beit` is `beit`",
     ("commands.bench_pretrain", "commands.pretrain"): "it times what `pretrain` does",

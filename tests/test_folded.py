@@ -15,8 +15,8 @@ from random_models import MODELS, build
 from torch import Tensor
 
 import beit
-import beit.engine
 import beit.folded
+import beit.torch_model
 from beit.engine import Engine
 from beit.folded import Layer, by_mkl, by_onednn, fold, is_right, linear, plain
 
@@ -115,7 +115,7 @@ def test_an_operator_that_is_missing_or_wrong_is_not_used(
 def test_the_engine_folds_its_own_model_and_leaves_yours(
     tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 0)
+    monkeypatch.setattr(beit.torch_model, "SMALL_FLOPS", 0)
     model = build("classifier")
     beit.save(model, tmp_path / "model")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -126,7 +126,7 @@ def test_the_engine_folds_its_own_model_and_leaves_yours(
     np.testing.assert_allclose(own.logits_array(images), yours.logits_array(images), few, few)
     assert isinstance(own.model.blocks[0], beit.folded.FoldedBlock)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
-    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 1e9)
+    monkeypatch.setattr(beit.torch_model, "SMALL_FLOPS", 1e9)
     assert not isinstance(Engine(tmp_path / "model", "torch").model.blocks[0], beit.folded.FoldedBlock)
 
 
@@ -136,7 +136,7 @@ def test_the_file_of_the_weights_does_not_stay_in_memory(
     tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loaded model's tensors lie in the mapped file; a single one that stayed would keep all of it."""
-    monkeypatch.setattr(beit.engine, "SMALL_FLOPS", 0)
+    monkeypatch.setattr(beit.torch_model, "SMALL_FLOPS", 0)
     beit.save(build("classifier"), tmp_path / "model")
     file = str(tmp_path / "model" / "model.safetensors")
     plain_model = beit.load(tmp_path / "model")

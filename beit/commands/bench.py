@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from beit.checkpoints import load_model, save
-from beit.engine import Engine, machine
+from beit.engine import Engine
 from beit.flops import forward_flops, measured_flops, measured_int8_operations
+from beit.graph_cache import machine
 from beit.graphs import installed, is_graph, multiplies_bf16, open_graph
 from beit.model import BeitConfig, BeitForImageClassification
 from beit.ranges import Numbers

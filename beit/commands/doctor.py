@@ -19,10 +19,11 @@ import torch
 from cyclopts import Parameter
 from PIL import features
 
-from beit.engine import Engine, available_processors
+from beit.cache import cache_folder
+from beit.engine import Engine
 from beit.flops import forward_flops, measured_flops
-from beit.listing import cache_folder
 from beit.model import BeitConfig, BeitForImageClassification
+from beit.workers import available_processors
 
 # Extra: (a module and the package that holds it, what it is for).
 EXTRAS = {
@@ -119,11 +120,11 @@ def caches() -> dict[str, dict[str, Any]]:
     """Where what can be made or fetched again lies, and how much room it takes."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    ours = cache_folder().parent
     places = {
-        "indices of pictures": cache_folder(),
-        "graphs of models": ours / "graphs",
-        "hashes": ours / "hashes",
+        "indices of pictures": cache_folder("index"),
+        "indices of vectors": cache_folder("faiss"),
+        "graphs of models": cache_folder("graphs"),
+        "hashes": cache_folder("hashes"),
         "downloads": Path(HF_HUB_CACHE),
     }
     return {

@@ -15,8 +15,8 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
 from beit.checkpoints import describe_family, find_weights, is_tokenizer, load_tokenizer
-from beit.engine import known_choice
 from beit.flops import forward_flops
+from beit.graph_cache import known_choice
 from beit.graphs import RUNTIME_OF, is_graph, open_graph
 from beit.hub import is_size, resolve, sha256_of
 from beit.model import VARIANTS, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling

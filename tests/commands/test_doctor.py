@@ -16,7 +16,7 @@ from conftest import ENVIRONMENT, Cli
 
 import beit.commands.doctor as command
 from beit.commands.doctor import EXTRAS, advice
-from beit.engine import available_processors
+from beit.workers import available_processors
 
 
 @pytest.fixture
