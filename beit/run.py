@@ -391,13 +391,16 @@ class Run:
                     progress.update(training.step, self.latest)
                     saving = any(training.step % steps == 0 for steps in saves_at)
                     long_ago = time.monotonic() - saved > SAVE_AFTER_S
-                    stopping, due, bad = watch.agree(bool(stop), long_ago, (step, batch), wait=saving)
+                    stopping, due, bad = watch.agree(
+                        bool(stop), long_ago, (step, batch), wait=saving, most=max_skipped
+                    )
                     if bad is not None:
                         self._capture(training, bad[0], bad[1], seed)
                     saving = saving or stopping or due
                     if training.in_a_row >= max_skipped or (saving and not training.is_finite()):
                         with watch.lock:
                             self._roll_back(training, tried)
+                            watch.forget()
                         close(ahead)
                         ahead = from_here()
                     elif saving:

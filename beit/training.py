@@ -85,6 +85,9 @@ class OptimizerWatch:
     def __init__(self, training: Training, device: torch.device) -> None:
         self.training, self.device = training, device
         self.lock = threading.Lock()  # held while weights change or are saved
+        self.late = (
+            device.type == "cuda"
+        )  # what came of a step is asked a step later: nobody waits for it
         self.leaving = False
         self.captured = False
         # What the optimiser does not move, as it was after the last finished step: a forward pass may
@@ -121,6 +124,10 @@ class OptimizerWatch:
         self.training.step += 1
         self.lock.release()
 
+    def forget(self) -> None:
+        """Of the steps before the run went back nothing is to be known any more."""
+        self.waiting.clear()
+
     def _keep_buffers(self) -> None:
         if self.buffer_names:
             state = self.training.model.state_dict()
@@ -131,21 +138,26 @@ class OptimizerWatch:
                     self.versions[name] = state[name]._version
                 self.buffers[name] = state[name].clone()
 
-    def agree(self, stop: bool, save: bool, what: T, wait: bool) -> tuple[bool, bool, T | None]:
+    def agree(
+        self, stop: bool, save: bool, what: T, wait: bool, most: int
+    ) -> tuple[bool, bool, T | None]:
         """Whether any process wants to stop, or to save; and the first step that was left out, once.
 
-        On a GPU the answer is that of the step before, which is there already, unless `wait`.
+        On a GPU the answer is that of the step before, which is there already, unless `wait`. What comes
+        after `most` steps in a row that were left out is not looked at: the run goes back.
         """
         flags = torch.stack([torch.full((), float(f), device=self.device) for f in (stop, save, 0)])
         flags[2] = self.skipped
         flags = distributed.highest(flags).to("cpu", non_blocking=True)
         event = None
-        if self.device.type == "cuda":
+        if self.late:
             event = torch.cuda.Event()
             event.record()
         self.waiting.append((what, flags, event))
         stopping, saving, bad = False, False, None
-        while len(self.waiting) > (event is not None and not (wait or stopping or saving)):
+        while len(self.waiting) > (self.late and not (wait or stopping or saving)):
+            if self.training.in_a_row >= most:
+                break
             what, flags, event = self.waiting.popleft()
             if event is not None:
                 event.synchronize()

@@ -37,7 +37,7 @@ from beit.optim import EMA, adamw, update
 from beit.run import NotFinite, Run, Stopped, read_metrics, step_seed, weights_hash
 from beit.settings import FREE_SETTINGS, RunError
 from beit.snapshots import DTYPES, write_tensors
-from beit.training import load_optimizer_tensors, optimizer_tensors
+from beit.training import OptimizerWatch, load_optimizer_tensors, optimizer_tensors
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -526,6 +526,25 @@ def moment(key: str) -> Callable[[Training, Tensor], Tensor]:
     return lambda training, batch: training.optimizer.state[training.model[0].weight][key]
 
 
+@pytest.fixture(params=["at once", "late"])
+def answers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """When a step says whether it was finite: at once, as on a processor, or a step later, as on a GPU."""
+
+    class Late(OptimizerWatch):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.late = True
+
+    class Event:
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+
+    if request.param == "late":
+        monkeypatch.setattr(beit.run, "OptimizerWatch", Late)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+    return str(request.param)
+
+
 LEFT_OUT = {
     "loss nan": lambda training, batch: math.nan,
     "loss inf": lambda training, batch: math.inf,
@@ -545,7 +564,9 @@ UNDONE = {
 
 @pytest.mark.parametrize("step", [5, 7, 11])
 @pytest.mark.parametrize("name", LEFT_OUT)
-def test_an_update_that_is_not_finite_is_left_out(tmp_path: Path, name: str, step: int) -> None:
+def test_an_update_that_is_not_finite_is_left_out(
+    tmp_path: Path, answers: str, name: str, step: int
+) -> None:
     """The run ends as one that never made this update, bit for bit."""
     reference = train(tmp_path / "reference", left_out=step).go()
     ours = train(tmp_path / "run", poison=LEFT_OUT[name], poison_steps={step}).go()
@@ -565,7 +586,7 @@ def test_an_update_that_is_not_finite_is_left_out(tmp_path: Path, name: str, ste
 @pytest.mark.parametrize("step", [5, 7, 11])
 @pytest.mark.parametrize("name", UNDONE)
 def test_what_is_poisoned_for_good_is_rolled_back(
-    tmp_path: Path, unbroken: Any, name: str, step: int, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, answers: str, unbroken: Any, name: str, step: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Weights, moments, buffers or averages that are not finite reach no checkpoint."""
 
@@ -584,24 +605,25 @@ def test_what_is_poisoned_for_good_is_rolled_back(
     assert state["rolled_back"] == 1
 
 
-def test_many_in_a_row_are_rolled_back_twice_and_then_end_the_run(tmp_path: Path) -> None:
+def test_many_in_a_row_are_rolled_back_twice_and_then_end_the_run(tmp_path: Path, answers: str) -> None:
     training = train(
         tmp_path / "run", total=40, poison=lambda *_: math.nan, poison_steps=set(range(6, 40)),
         frame={"max_skipped": 3, "save_every": 5},
     )  # fmt: skip
     with pytest.raises(NotFinite) as caught:
         training.go()
-    assert training.seen == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7, 8]
-    assert "3 updates in a row were not finite at step 9, and so they were from step 5" in str(
-        caught.value
-    )
+    late = [9] if answers == "late" else []
+    assert training.seen == [0, 1, 2, 3, 4, *3 * [5, 6, 7, 8, *late]]
+    told = f"3 updates in a row were not finite at step {9 + len(late)}, and so they were from step 5"
+    assert told in str(caught.value)
     assert "--out" in str(caught.value)
     assert caught.value.exit_code == 1
     assert [p.name for p in training.run.checkpoints.iterdir()] == ["step-00000005"]
 
 
+@pytest.mark.parametrize("never", [(6, 7, 8), (6, 7, 8, 9)])
 def test_batches_that_are_never_finite_are_passed_over(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, answers: str, never: tuple[int, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """First the same batches once more, then those behind them; a cut afterwards changes nothing."""
 
@@ -611,7 +633,7 @@ def test_batches_that_are_never_finite_are_passed_over(
 
         def poison(_: Training, batch: Tensor) -> float:
             fed.append(int(torch.stack(known).sub(batch.sum()).abs().argmin()))
-            return math.nan if fed[-1] in (6, 7, 8) else 1.0
+            return math.nan if fed[-1] in never else 1.0
 
         training = train(
             folder, poison=poison, poison_steps=set(range(12)), stop_after=stop_after,
@@ -620,31 +642,35 @@ def test_batches_that_are_never_finite_are_passed_over(
         return training.go(), fed
 
     ours, fed = go(tmp_path / "run")
-    assert fed == [0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
-    assert (
-        "not finite at step 9; going back to step 5, past the batches of 4 steps"
-        in capfd.readouterr().err
-    )
+    late = [9] if answers == "late" else []
+    jumped = 4 + len(late)
+    tried = [5, 6, 7, 8, *late]
+    assert fed == [0, 1, 2, 3, 4, *tried, *tried, *range(5 + jumped, 12 + jumped)]
+    told = f"not finite at step {5 + jumped}; going back to step 5, past the batches of {jumped} steps"
+    assert told in capfd.readouterr().err
     state = json.loads((tmp_path / "run/checkpoints/step-00000012/state.json").read_text())
-    assert state == {"step": 12, "skipped": 0, "in_a_row": 0, "rolled_back": 2, "jumped": 4}
+    skipped = len(set(never) - set(tried))
+    assert state == {"step": 12, "skipped": skipped, "in_a_row": 0, "rolled_back": 2, "jumped": jumped}
     with pytest.raises(PowerCut):
         go(tmp_path / "cut", stop_after=11)
     again, fed = go(tmp_path / "cut")
-    assert fed == [14, 15]
+    assert fed == [10 + jumped, 11 + jumped]
     same(again, ours)
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path: Path, answers: str) -> None:
     training = train(
         tmp_path / "run", poison=lambda *_: math.nan, poison_steps=set(range(12)),
         frame={"max_skipped": 3},
     )  # fmt: skip
     with pytest.raises(NotFinite, match="there is no checkpoint to go back to"):
         training.go()
-    assert training.seen == [0, 1, 2]
+    assert training.seen == [0, 1, 2, *([3] if answers == "late" else [])]
 
 
-def test_a_stop_with_poisoned_weights_keeps_the_good_checkpoint(tmp_path: Path, unbroken: Any) -> None:
+def test_a_stop_with_poisoned_weights_keeps_the_good_checkpoint(
+    tmp_path: Path, answers: str, unbroken: Any
+) -> None:
     def poison(training: Training, batch: Tensor) -> float:
         signal.raise_signal(signal.SIGTERM)
         return UNDONE["exp_avg"](training, batch)
@@ -654,7 +680,7 @@ def test_a_stop_with_poisoned_weights_keeps_the_good_checkpoint(tmp_path: Path, 
     same(train(tmp_path / "run").go(), unbroken[0])
 
 
-def test_the_first_batch_that_is_not_finite_can_be_replayed(tmp_path: Path) -> None:
+def test_the_first_batch_that_is_not_finite_can_be_replayed(tmp_path: Path, answers: str) -> None:
     training = train(
         tmp_path / "run", poison=UNDONE["input"], poison_steps={2, 6}, frame={"save_every": 100}
     )
@@ -673,7 +699,7 @@ def test_the_first_batch_that_is_not_finite_can_be_replayed(tmp_path: Path) -> N
     assert torch.equal(batch.flatten()[1:], clean.flatten()[1:])
 
 
-def test_a_batch_of_any_kind_is_captured_by_name(tmp_path: Path) -> None:
+def test_a_batch_of_any_kind_is_captured_by_name(tmp_path: Path, answers: str) -> None:
     class Batch(NamedTuple):
         views: list[np.ndarray]
         names: tuple[str, ...]
