@@ -38,6 +38,7 @@ class OnGpu(torch.Tensor):
     """A tensor of the device; `held` has its numbers."""
 
     held: torch.Tensor
+    is_cuda = True  # type: ignore[assignment]  # where it is asked what a GPU can do
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -50,6 +51,9 @@ class OnGpu(torch.Tensor):
 
     def __init__(self, held: torch.Tensor) -> None:
         self.held = held
+
+    def new_tensor(self, data: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor(data, **kwargs).to(self.device)
 
     @property
     def data(self) -> torch.Tensor:
