@@ -164,8 +164,8 @@ def wrap(model: nn.Module, shard: bool = False) -> nn.Module:
         return model
     device = next(model.parameters()).device
     if not shard:
-        ids = [device.index] if device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # Without device_ids, with which masks would be moved to the GPU: see `model.masked_of`.
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

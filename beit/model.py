@@ -332,7 +332,7 @@ class Beit(nn.Module):
         """Encode images into tokens.
 
         images: (B, 3, H, W), normalised as the checkpoint says.
-        bool_masked_pos: (B, L) or (B, h, w) bool; True patches are replaced by `mask_token`.
+        bool_masked_pos: (B, L) or (B, h, w) bool, on any device; True patches are replaced by `mask_token`.
         Returns (B, 1 + L, D); token 0 is the class token.
         """
         return self.norm(self.layers(images, [self.config.depth], bool_masked_pos)[0])
@@ -376,7 +376,7 @@ class Beit(nn.Module):
                     f"bool_masked_pos is {bool_masked_pos.dtype} {shape}; "
                     f"these images need torch.bool {flat} or {(flat[0], *self.grid_of(images))}"
                 )
-            masked = bool_masked_pos.flatten(1)
+            masked = bool_masked_pos.flatten(1).to(x.device, non_blocking=True)
             x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         if self.pos_embed is not None:
@@ -537,7 +537,9 @@ class BeitForMaskedImageModeling(Beit):
         """Normalised tokens (B, 1 + L, D) -> (M, V) of the masked patches, or (B, L, V) of all."""
         patches = tokens[:, 1:]
         if bool_masked_pos is not None:
-            patches = patches[bool_masked_pos.flatten(1)]  # (M, D): the head runs on these alone
+            patches = masked_of(
+                patches, bool_masked_pos.flatten(1)
+            )  # (M, D): the head runs on these alone
         return self.lm_head(patches)
 
 
@@ -565,6 +567,16 @@ class BeitForImageClassification(Beit):
         if self.config.pooling == "mean":
             return self.fc_norm(tokens[:, 1:].mean(dim=1))
         return tokens[:, 0]
+
+
+def masked_of(values: Tensor, bool_masked_pos: Tensor) -> Tensor:
+    """Values (B, L, ...) or (B, h, w, ...) at the masked patches: (M, ...), in the order of the logits.
+
+    bool_masked_pos: (B, L) or (B, h, w), best on the CPU: how many patches it masks is known there, and
+    would have to be waited for on a GPU.
+    """
+    places = bool_masked_pos.nonzero(as_tuple=True)
+    return values[tuple(each.to(values.device, non_blocking=True) for each in places)]
 
 
 def resize_positions(pos_embed: Tensor, source: Grid, target: Grid) -> Tensor:

@@ -115,6 +115,15 @@ def nearest_codes(codes: Tensor, directions: Tensor) -> Tensor:
         return torch.cat([(part @ codes.T).argmax(dim=-1) for part in parts]).view(directions.shape[:-1])
 
 
+def count_tokens(token_ids: Tensor, vocab_size: int) -> Tensor:
+    """(V,) int64: how often each token is among ids (...).
+
+    `torch.bincount` looks for the largest first, which a GPU would have to be waited for.
+    """
+    token_ids = token_ids.flatten()
+    return token_ids.new_zeros(vocab_size).scatter_add_(0, token_ids, torch.ones_like(token_ids))
+
+
 @torch.no_grad()
 def update_codes(codes: Tensor, directions: Tensor, token_ids: Tensor, decay: float) -> Tensor:
     """Turn each used code (V, K), in place, towards the mean of what took it on any rank.
@@ -123,7 +132,7 @@ def update_codes(codes: Tensor, directions: Tensor, token_ids: Tensor, decay: fl
     Returns the counts (V,) over all ranks.
     """
     sums = torch.zeros_like(codes).index_add_(0, token_ids, directions)
-    counts = torch.bincount(token_ids, minlength=len(codes))
+    counts = count_tokens(token_ids, len(codes))
     if _world() > 1:
         dist.all_reduce(sums)
         dist.all_reduce(counts)

@@ -6,8 +6,9 @@ its streams, bf16.
 
     python tests/other_device.py < commands.json
 
-runs `beit` commands, each a list of words, with `--device gpu` being that device. It stands on what torch
-has for backends written in Python, which is private.
+runs `beit` commands, each a list of words, with `--device gpu` being that device; prints what each returns
+and how often it waited for the device. It stands on what torch has for backends written in Python, which
+is private.
 """
 
 from __future__ import annotations
@@ -32,6 +33,14 @@ CROSSING = {
     aten.copy_.default, aten._to_copy.default, aten.index.Tensor,
     aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default,
 }  # fmt: skip
+
+
+# What needs an answer from the device: the program waits until all before it is done.
+ASKING = {
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
+    aten.equal.default, aten.bincount.default, aten._unique2.default,
+}  # fmt: skip
+waits: list[str] = []
 
 
 class OnGpu(torch.Tensor):
@@ -86,6 +95,8 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     strangers = [t for t in tensors if not isinstance(t, OnGpu) and t.dim()]
     if ours and strangers and func not in CROSSING:
         raise RuntimeError(f"{func}: {tuple(strangers[0].shape)} on cpu beside tensors on gpu")
+    if ours and asks(func, args, kwargs):
+        waits.append(str(func))
     to_gpu = isinstance(args[0], OnGpu) if func is aten.copy_.default else bool(ours)
     if kwargs.get("device") is not None:
         to_gpu = torch.device(kwargs["device"]).type == "gpu"
@@ -102,6 +113,18 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return OnGpu(value) if to_gpu else value
 
     return tree_map(placed, out)
+
+
+def asks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a GPU would have to be waited for."""
+    if func is aten._to_copy.default:
+        place = kwargs.get("device") or "gpu"
+        return torch.device(place).type == "cpu" and not kwargs.get("non_blocking")
+    if func is aten.copy_.default:
+        return not isinstance(args[0], OnGpu)
+    if func in CROSSING:  # how many are True?
+        return any(isinstance(t, OnGpu) and t.dtype == torch.bool for t in tree_leaves(args[1]))
+    return func in ASKING
 
 
 def held(value: Any) -> Any:
@@ -147,4 +170,5 @@ if __name__ == "__main__":
         for words in json.load(sys.stdin):
             with contextlib.redirect_stdout(sys.stderr):
                 result = app(words)
-            print(json.dumps(result, default=str), flush=True)
+            print(json.dumps([result, len(waits)], default=str), flush=True)
+            waits.clear()

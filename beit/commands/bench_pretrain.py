@@ -35,7 +35,7 @@ from beit.data import Loader, open_source
 from beit.flops import peak_flops, training_flops
 from beit.image import OpenImage
 from beit.masking import sample_mask
-from beit.model import BeitConfig, BeitForMaskedImageModeling, variant
+from beit.model import BeitConfig, BeitForMaskedImageModeling, masked_of, variant
 from beit.optim import adamw, param_groups, update
 from beit.precision import Precision, autocast, pick_device, resolve_precision
 from beit.ranges import NotNegative
@@ -173,11 +173,11 @@ def make_parts(
     optimizer = adamw(param_groups(model, 0.05), 1e-4)
     images = normalise(to_unit(batch.patch_views, device), model.image_spec)
     token_view = to_unit(batch.token_views, device)
-    masks = torch.from_numpy(batch.masks).to(device)
+    masks = torch.from_numpy(batch.masks)
     token_ids = tokenizer.encode(token_view)
 
     def train(images: Tensor, masks: Tensor, token_ids: Tensor) -> None:
-        targets = token_ids[masks]
+        targets = masked_of(token_ids, masks)
         with autocast(settings.precision, device):
             logits = network(images, masks)
         loss = torch.stack([masked_loss(each, targets) for each in logits]).sum() / len(targets)
@@ -201,7 +201,7 @@ def make_parts(
             batch = read()
             pictures = normalise(to_unit(batch.patch_views, device), model.image_spec)
             ids = tokenizer.encode(to_unit(batch.token_views, device))
-            train(pictures, torch.from_numpy(batch.masks).to(device), ids)
+            train(pictures, torch.from_numpy(batch.masks), ids)
 
     parts: dict[str, Callable[[int], None]] = {
         "model": train_alone,
@@ -210,7 +210,7 @@ def make_parts(
         "all together": all_together,
     }
     for theirs in dict.fromkeys((resolve_precision(settings.precision, device), "fp32")):
-        step = transformers_step(config, images, masks, token_ids, theirs == "bf16")
+        step = transformers_step(config, images, masks.to(device), token_ids, theirs == "bf16")
         if step is not None:
             parts[f"transformers {theirs}"] = step
     return parts

@@ -31,14 +31,14 @@ from beit.hub import HubError, is_size, other_names
 from beit.image import HALF, IMAGENET_MEAN, IMAGENET_STD, BadImage, OpenImage
 from beit.masking import sample_mask, sample_random_mask
 from beit.metrics import codebook_use
-from beit.model import BeitForMaskedImageModeling, variant
+from beit.model import BeitForMaskedImageModeling, masked_of, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.precision import Precision, autocast, resolve_precision
 from beit.ranges import AboveZero, BelowOne, CropScale, NotNegative, Numbers, Share
 from beit.run import Run, Stopped, check_folder, surroundings, weights_hash
 from beit.settings import settings_in_words
 from beit.split import data_hash
-from beit.tokenizer import DalleTokenizer, PixelTargets, Tokenizer
+from beit.tokenizer import DalleTokenizer, PixelTargets, Tokenizer, count_tokens
 from beit.visualize import hide_patches, mark_patches, strip, to_bytes
 from beit.watch import Watch, probe_pictures
 
@@ -299,9 +299,9 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         parts = list(batch.parts(settings.device_batch_size))
         for number, part in enumerate(parts, 1):
             images = normalise(to_unit(part.patch_views, device), spec)
-            masks = torch.from_numpy(part.masks).to(device)  # (B, h, w)
+            masks = torch.from_numpy(part.masks)  # (B, h, w), on the CPU: see `masked_of`
             token_ids = tokenizer.encode(to_unit(part.token_views, device))  # (B, h, w)
-            targets = token_ids[masks]  # (M,), in the order of the logits
+            targets = masked_of(token_ids, masks)  # (M,), in the order of the logits
             with distributed.gradients_sent(network, last=number == len(parts)):
                 with autocast(settings.precision, device):
                     logits = network(images, masks)
@@ -311,7 +311,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
             loss += part_loss.detach()
             if not pixels:
                 right += (logits[0].argmax(dim=-1) == targets).sum()
-                used += torch.bincount(token_ids.flatten(), minlength=len(used))
+                used += count_tokens(token_ids, len(used))
         loss = distributed.mean(loss)
         state = update(optimizer, loss, settings.clip_grad_norm)
 

@@ -36,7 +36,7 @@ from beit.report import Page
 from beit.run import Run, check_folder, read_metrics, surroundings
 from beit.settings import settings_in_words
 from beit.split import data_hash
-from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig
+from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig, count_tokens
 from beit.visualize import img_tag, line_chart, png_bytes, strip, to_bytes
 from beit.vqkd import VQKD, VQKDConfig, mean_patches, patch_pixels
 
@@ -437,7 +437,7 @@ class Seen(nn.Module):
     def add(self, token_ids: Tensor, error: Tensor) -> None:
         """Take in a step, unless it is not finite."""
         finite = error.detach().isfinite()
-        self.counts += torch.bincount(token_ids.flatten(), minlength=len(self.counts)) * finite
+        self.counts += count_tokens(token_ids, len(self.counts)) * finite
         self.error += torch.where(finite, error.detach(), 0)
         self.steps += finite
 
@@ -491,7 +491,7 @@ def judge(
         images = to_unit(pictures, device)
         seen += len(pictures)
         token_ids = tokenizer.encode(images)
-        counts += torch.bincount(token_ids.flatten(), minlength=tokenizer.vocab_size)
+        counts += count_tokens(token_ids, tokenizer.vocab_size)
         if isinstance(tokenizer, DiscreteVAE):
             wrong = (tokenizer.decode(token_ids).double() - images).square().mean(dim=(1, 2, 3))
         else:

@@ -105,6 +105,11 @@ def run_all(device: str, todo: list[list[str]]) -> list[Any]:
     if device == "cpu":
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return [json.loads(json.dumps(app(words), default=str)) for words in todo]
+    return [result for result, _ in on_the_device(todo)]
+
+
+def on_the_device(todo: list[list[str]]) -> list[tuple[Any, int]]:
+    """What each command returns there, and how often it waited for the device."""
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "other_device.py"], input=json.dumps(todo), text=True,
         capture_output=True, env=ENVIRONMENT, timeout=600,
@@ -154,6 +159,17 @@ def test_answers_on_another_device_are_the_same(both: Both) -> None:
         assert one["score"] == pytest.approx(other["score"], abs=1e-4)
     top1 = [result["top1"] for result in both.results["evaluate"]]
     assert top1[0] == top1[1]
+
+
+def test_a_step_of_pre_training_waits_for_nothing(both: Both, shapes: Path, tmp_path: Path) -> None:
+    """Six steps more, and not one wait more: what is waited for is lines of metrics, looks and saves."""
+    few, many = (
+        command_line("pretrain", shapes / "train", tokenizer=both.gpu / "dvae", steps=steps, device="gpu",
+                     out=tmp_path / str(steps), look_epochs=9, **MINI, **EXACT | {"log_every": 100})
+        for steps in (2, 8)
+    )  # fmt: skip
+    (_, first), (_, second) = on_the_device([few, many])
+    assert first == second > 0
 
 
 def test_tensors_of_two_devices_do_not_meet(both: Both) -> None:
