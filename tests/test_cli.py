@@ -7,13 +7,15 @@ import errno
 import importlib
 import inspect
 import os
+import platform
 import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import Cli
+from conftest import ENVIRONMENT, Cli
 
 import beit.cli
 import beit.listing
@@ -287,6 +289,33 @@ def test_debugging_shows_where_any_error_came_from(cli: Cli, monkeypatch: pytest
     monkeypatch.setenv("BEIT_DEBUG", "1")
     with pytest.raises(ValueError, match="the user's"):
         cli()
+
+
+@pytest.mark.parametrize(
+    ("words", "anew"),
+    [
+        (["pretrain"], True), (["finetune", "x"], True), (["bench", "pretrain"], True),
+        (["pretrain", "--help"], False), (["classify"], False), (["bench", "x"], False), ([], False),
+    ],
+)  # fmt: skip
+def test_a_training_begins_anew_with_memory_that_is_kept(words: list[str], anew: bool) -> None:
+    """Once, and in the same process, so that who started it can signal it."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+    code = "import os, sys; print(os.getpid(), os.environ.get('GLIBC_TUNABLES')); sys.stdout.flush(); "
+    code += "import beit.cli; beit.cli.run = lambda: None; beit.cli.main()"
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, check=True
+    )
+    first, *others = (line.split(" ", 1) for line in done.stdout.splitlines())
+    assert first[1] == "None"
+    assert others == ([[first[0], beit.cli.KEPT_MEMORY]] if anew else [])
+    given = {**environment, "GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], env=given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split(" ", 1)[1] == "glibc.malloc.arena_max=2\n"
 
 
 @pytest.mark.parametrize(

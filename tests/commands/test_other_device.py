@@ -45,9 +45,9 @@ def commands(shapes: Path, out: Path) -> dict[str, list[str]]:
                              **MINI, **EXACT),
         "v1": command_line("pretrain", train, tokenizer=out / "dvae", steps=8, save_every=4,
                            device_batch_size=6, gradient_checkpointing=True, drop_path=0.1,
-                           probe_data=shapes, probe_layers=3, look_epochs=9, **MINI, **EXACT),
+                           **MINI, **EXACT),
         "v2": command_line("pretrain", train, tokenizer=out / "vqkd", steps=3, model=out / "start",
-                           masks="random", **EXACT),
+                           masks="random", probe_data=shapes, probe_layers=3, look_epochs=9, **EXACT),
         "pixels": command_line("pretrain", train, tokenizer="pixels", steps=3, **MINI, **EXACT),
         "tuned": command_line("finetune", shapes, model=out / "v1", epochs=2, method="full", mixup=0.8,
                               cutmix=1, reprob=0.25, rand_augment=5, ema_decay=0.9, drop_path=0.1,
@@ -135,7 +135,7 @@ def test_a_training_on_another_device_is_that_of_the_processor(both: Both, name:
 
 
 def test_looks_and_probes_on_another_device_see_the_same(both: Both) -> None:
-    looks = [json.loads((place / "v1" / "looks.json").read_text()) for place in (both.cpu, both.gpu)]
+    looks = [json.loads((place / "v2" / "looks.json").read_text()) for place in (both.cpu, both.gpu)]
     assert len(looks[0]) == 2
     assert "linear_3" in looks[0][0]
     for one, other in zip(*looks, strict=True):
