@@ -164,8 +164,8 @@ for _name, (_help, _example) in COMMANDS.items():
 def keep_memory() -> None:
     """Begin a training anew, in the same process, with a C library that keeps memory, in huge pages.
 
-    A step frees what the next one takes again; the system's part in that is a fifth of a small model's
-    step, a tenth of a large one's. glibc reads this once, as it starts; where it is set already it stays.
+    A step frees what the next one takes again; without the system's part in that a step of base takes a
+    tenth less. glibc reads this once, as it starts; where it is set already it stays.
     """
     words, known = sys.argv[1:], "GLIBC_TUNABLES" in os.environ
     trains = words[:1] in [[name] for name in (*TRAININGS, "bench-pretrain")]
