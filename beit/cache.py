@@ -9,7 +9,7 @@ from pathlib import Path
 UNSETTLED_S = 2.0  # a file changed this lately may change again within its time stamp
 
 
-def cache_folder(name: str = "") -> Path:
+def cache_folder(name: str) -> Path:
     """$XDG_CACHE_HOME/beit/NAME, or ~/.cache/beit/NAME."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit" / name
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import beit.atomic
-import beit.run
 from beit.atomic import CannotWrite, check_place, replacing, write_atomically
 
 

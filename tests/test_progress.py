@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-import beit.atomic
 import beit.progress
 from beit.progress import Progress
 
 
-def test_progress_off_a_terminal_is_a_plain_line_every_half_minute(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+class Clock:
+    """Seconds that pass only where a test says so."""
+
     now = 0.0
-    monkeypatch.setattr(beit.progress.time, "monotonic", lambda: now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(beit.progress.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+def test_progress_off_a_terminal_is_a_plain_line_every_half_minute(
+    clock: Clock, capfd: pytest.CaptureFixture[str]
+) -> None:
     with Progress("flowers.run", 100) as progress:
         for done in range(1, 101):
-            now += 1.0
+            clock.now += 1.0
             progress.update(done, "loss 2.5")
     out, err = capfd.readouterr()
     lines = err.splitlines()
@@ -29,25 +39,19 @@ def test_progress_off_a_terminal_is_a_plain_line_every_half_minute(
 
 
 def test_the_time_until_the_first_step_says_nothing_of_the_pace(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    clock: Clock, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr(beit.progress.time, "monotonic", lambda: now)
     with Progress("run", 100) as progress:
         for done in (1, 2, 3):
-            now = 460.0 + 40 * done
+            clock.now = 460.0 + 40 * done
             progress.update(done, "loss 2.5")
     assert capfd.readouterr().err.splitlines() == [
         "run 1/100, loss 2.5", "run 2/100, 3920 s left, loss 2.5", "run 3/100, 3880 s left, loss 2.5",
     ]  # fmt: skip
 
 
-def test_quiet_progress_is_silent(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    now = 0.0
-    monkeypatch.setattr(beit.progress.time, "monotonic", lambda: now)
+def test_quiet_progress_is_silent(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
     with Progress("x", 3, quiet=True) as progress:
-        now = 1000.0
+        clock.now = 1000.0
         progress.update(1)
     assert capfd.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Settings as TOML and in words."""
+"""Settings as TOML."""
 
 from __future__ import annotations
 
