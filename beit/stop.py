@@ -61,12 +61,13 @@ class StopRequest:
 
 class _StopNow(StopRequest):
     def receive(self, number: int, _frame: object) -> None:
+        self.exit_code = exit_code_of(number)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         name = signal.Signals(number).name
         print(f"beit: stopped by {name}; give the same command to go on", file=sys.stderr)
         # Not Stopped: whoever reads a broken file catches every Exception, and would say it is broken.
-        raise SystemExit(exit_code_of(number))
+        raise SystemExit(self.exit_code)
 
 
 def _let_go() -> None:
@@ -96,8 +97,13 @@ def stop_at_once() -> Iterator[None]:
 
     Where Python cannot raise, inside a long call of C, the process ends after 5 s.
     """
-    with _watched(_StopNow(), lambda code: code):
-        yield
+    with _watched(_StopNow(), lambda code: code) as request:
+        try:
+            yield
+        except Exception as error:
+            if request:  # foreign code, reading a file, made an error of its own of what was raised
+                raise KeyboardInterrupt if request.exit_code == 130 else SystemExit(143) from error
+            raise
 
 
 @contextmanager

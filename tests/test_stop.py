@@ -21,6 +21,28 @@ def test_outside_a_loop_a_signal_is_raised_at_once(capfd: pytest.CaptureFixture[
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.parametrize(
+    ("number", "ends_with"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_stop_that_foreign_code_turned_into_its_own_error_is_a_stop(
+    number: signal.Signals, ends_with: type[BaseException]
+) -> None:
+    def read() -> None:  # as torch did, asked for a storage's shape while safetensors read a file
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            raise TypeError("could not determine the shape of object type 'torch.storage'") from None
+
+    with pytest.raises(ends_with) as caught, stop_at_once():
+        read()
+    assert getattr(caught.value, "code", 143) == 143
+
+
+def test_an_error_without_a_stop_stays_what_it_is() -> None:
+    with pytest.raises(TypeError, match="shape"), stop_at_once():
+        raise TypeError("shape")
+
+
 def test_a_loop_inside_asks_and_gives_the_signals_back() -> None:
     with stop_at_once():
         with stop_signals() as stop:
