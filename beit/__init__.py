@@ -10,14 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from beit.checkpoints import (
-        CheckpointError,
-        load,
-        load_model,
-        load_tokenizer,
-        save,
-        save_tokenizer,
-    )
+    from beit.checkpoints import load, load_model, save
     from beit.engine import Engine, Prediction
     from beit.features import BeitFeatures, extract_features
     from beit.handover import LoadReport, to_classifier
@@ -37,14 +30,14 @@ if TYPE_CHECKING:
         DiscreteVAEConfig,
         Tokenizer,
     )
+    from beit.tokenizer_files import load_tokenizer, save_tokenizer
     from beit.vqkd import VQKD, VQKDConfig
+    from beit.weight_files import CheckpointError
 
 __version__ = version("beit")
 
 _PLACES = {
-    "beit.checkpoints": (
-        "CheckpointError", "load", "load_model", "load_tokenizer", "save", "save_tokenizer",
-    ),
+    "beit.checkpoints": ("load", "load_model", "save"),
     "beit.engine": ("Engine", "Prediction"),
     "beit.features": ("BeitFeatures", "extract_features"),
     "beit.handover": ("LoadReport", "to_classifier"),
@@ -54,7 +47,9 @@ _PLACES = {
         "VARIANTS", "Beit", "BeitConfig", "BeitForImageClassification", "BeitForMaskedImageModeling",
     ),
     "beit.tokenizer": ("DalleConfig", "DalleTokenizer", "DiscreteVAE", "DiscreteVAEConfig", "Tokenizer"),
+    "beit.tokenizer_files": ("load_tokenizer", "save_tokenizer"),
     "beit.vqkd": ("VQKD", "VQKDConfig"),
+    "beit.weight_files": ("CheckpointError",),
 }  # fmt: skip
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 

@@ -2,29 +2,22 @@
 
 A saved model is a transformers folder: `config.json`, `model.safetensors` with transformers' names on
 disk, `preprocessor_config.json`, a model card. What transformers has no field for stands under one
-key, `beit`, of `config.json`. Tokenizers are folders of the same kind with a `model_type` of their own.
+key, `beit`, of `config.json`.
 
-What comes in may also be a timm folder, a raw file of unilm's or timm's, a plain ViT (DINO's, say),
-OpenAI's pickled dVAE, a VQ-KD file, or a name on the hub. Files are JSON, safetensors, or read by
-`unpickle`'s allow-list: nothing that is opened can run code.
+What comes in may also be a timm folder, a raw file of unilm's or timm's, a plain ViT (DINO's, say), or a
+name on the hub. `weight_files` opens them, `tokenizer_files` knows tokenizers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import io
-import json
-import math
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -43,7 +36,6 @@ from beit.configs import (
     read_timm_spec,
     read_transformers_config,
 )
-from beit.graphs import is_graph
 from beit.handover import hand_over
 from beit.hub import class_names, resolve
 from beit.image import (
@@ -69,24 +61,22 @@ from beit.layouts import (
 )
 from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 from beit.relative_position import relative_position_index
-from beit.tokenizer import DalleConfig, DalleTokenizer, DiscreteVAE, DiscreteVAEConfig
-from beit.unpickle import Inert, RefusedFile, module_tensors, read_weights
-from beit.vqkd import VQKD, VQKDConfig
+from beit.tokenizer_files import TOKENIZERS, AnyTokenizer, is_tokenizer, load_tokenizer
+from beit.unpickle import RefusedFile
+from beit.weight_files import (
+    CheckpointError,
+    check_same,
+    file_tensors,
+    folder_tensors,
+    json_bytes,
+    read_config_json,
+    read_json,
+)
 
 FOR_PRETRAINING = "it is what `beit pretrain DATA --tokenizer` takes"
-GRAPH = (
-    "an exported graph, which classify, embed, evaluate, serve, bench and info take{}; here the model is "
-    "needed that it was exported from, such as the run's folder"
-)
 
 Size = int | tuple[int, int]
 Format = Literal["transformers", "timm", "unilm"]
-
-
-class CheckpointError(ValueError):
-    """A model that cannot be used, and why."""
-
-    exit_code = 5
 
 
 # --- reading ---------------------------------------------------------------------------------------
@@ -213,7 +203,7 @@ def find_weights(
     """Look at a folder or a file and say what is in it. Raises CheckpointError."""
     try:
         if path.is_dir():
-            content = _read_config(path)
+            content = read_config_json(path)
             if "pretrained_cfg" in content or "architecture" in content:
                 return _timm_folder(path, content, num_heads, early_layer)
             return _transformers_folder(path, content, num_heads, early_layer)
@@ -243,7 +233,7 @@ def _transformers_folder(
         )
     if not isinstance(ours.get("provenance", {}), dict):
         raise ValueError(f"provenance in config.json is {str(ours['provenance'])[:80]!r}")
-    tensors = _folder_tensors(path)
+    tensors = folder_tensors(path)
     tensors = from_vit(tensors) if kind == "vit" else strip_prefix(from_transformers(tensors))
     tensors, ignored = _set_aside(tensors)
     given = content.get("architectures")
@@ -272,7 +262,7 @@ def _transformers_folder(
         except (TypeError, AttributeError) as error:
             raise ValueError(f"image_spec in config.json: {error}") from None
     elif (file := path / "preprocessor_config.json").is_file():
-        spec = read_processor(_read_json(file))
+        spec = read_processor(read_json(file))
     else:
         spec = ImageSpec(config.image_height_width, "squash", crop_ratio=1.0)
         assumed.append("preparation: squashed, bicubic, mean 0.5 (there is no preprocessor_config.json)")
@@ -301,7 +291,7 @@ def _timm_folder(
     size = arguments.get("img_size") or pretrained.get("input_size", [3, 224, 224])[1:]
     found = _from_blocks(
         path,
-        _folder_tensors(path),
+        folder_tensors(path),
         num_heads or arguments.get("num_heads"),
         early_layer,
         known_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
@@ -331,7 +321,7 @@ def _timm_folder(
 def _single_file(
     path: Path, img_size: Size | None, num_heads: int | None, early_layer: int | None
 ) -> Weights:
-    content, tensors, rest = _file_tensors(path)
+    content, tensors, rest = file_tensors(path)
     layout = layout_of(tensors)
     if layout in ("dalle", "vqkd"):
         raise CheckpointError(f"{path} holds a visual tokenizer, not a model; {FOR_PRETRAINING}")
@@ -416,93 +406,6 @@ def _set_aside(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     return {name: tensor for name, tensor in tensors.items() if name not in ignored}, ignored
 
 
-MAX_JSON_BYTES = 1 << 24  # the names of 21,841 classes, twice, are 1.7 MB
-CONTAINERS = ("model", "module", "state_dict", "weights")
-
-
-def _file_tensors(path: Path) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
-    """What a file holds, the state dict in it, and what lay beside that dict."""
-    if is_graph(path):
-        raise CheckpointError(f"{path} is {GRAPH.format('')}")
-    content = read_weights(path)
-    if isinstance(content, Inert):
-        return content, module_tensors(content), {}
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
-    inner, rest = content, {}
-    for key in CONTAINERS:
-        if isinstance(content.get(key), dict):
-            inner = content[key]
-            rest = {str(k): "the state of a training run" for k in content if k != key}
-            break
-    tensors = {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(
-            f"{path} holds no tensors; its keys are {', '.join(map(str, list(inner)[:6]))}"
-        )
-    rest |= {str(name): "not a tensor" for name, value in inner.items() if not isinstance(value, Tensor)}
-    return (content if inner is not content else tensors), tensors, rest
-
-
-def _folder_tensors(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder: safetensors or old .bin, in one file or in several with an index."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        read = _safetensors if name.endswith(".safetensors") else _bin_tensors
-        file, index = folder / name, folder / f"{name}.index.json"
-        if file.is_file():
-            return read(file)
-        if index.is_file():
-            parts = sorted(set(map(str, _read_json(index).get("weight_map", {}).values())))
-            strangers = [part for part in parts if Path(part).name != part]
-            if strangers or not parts:
-                raise CheckpointError(
-                    f"{index} names files outside its folder: {', '.join(strangers) or 'none'}"
-                )
-            return {key: tensor for part in parts for key, tensor in read(folder / part).items()}
-    raise CheckpointError(f"{folder} has no model.safetensors and no pytorch_model.bin")
-
-
-def _bin_tensors(file: Path) -> dict[str, Tensor]:
-    return _file_tensors(file)[1]
-
-
-def _safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} does not exist") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged: {error}; get or copy it again") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        if (folder / "run.toml").exists():
-            raise CheckpointError(
-                f"the run {folder} has not finished; give its command again and it will go on"
-            )
-        if graphs := sorted(filter(is_graph, folder.iterdir())):
-            raise CheckpointError(f"{folder} holds {GRAPH.format(f' as {graphs[0]}')}")
-        raise CheckpointError(
-            f"{folder} has no config.json, so it is not a model folder; "
-            "give one, or a name that `beit models` lists"
-        )
-    return _read_json(file)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{file} is larger than the {MAX_JSON_BYTES:,} bytes of any real config")
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return content
-
-
 DTYPES = {"float64", "float32", "bfloat16", "float16"}
 MAX_PATCHES = 1 << 14  # 2048 x 2048 pixels in patches of 16; their index alone is 2 GiB
 
@@ -527,7 +430,7 @@ def _check_own(found: Weights) -> None:
         raise CheckpointError(f"{path} does not describe a BEiT: {error}") from error
     if not {"fc_norm.weight", "norm.weight"} & tensors.keys():  # a backbone, taken before its norm
         like = {name: tensor for name, tensor in like.items() if not name.startswith("fc_norm.")}
-    _check_same(
+    check_same(
         path,
         {k: v.shape for k, v in like.items()},
         tensors,
@@ -538,26 +441,6 @@ def _check_own(found: Weights) -> None:
         raise CheckpointError(
             f"{path} has tensors of {', '.join(sorted(strange))}; known are {', '.join(sorted(DTYPES))}"
         )
-
-
-def _check_same(
-    path: Path, wanted: dict[str, torch.Size], tensors: dict[str, Tensor], what: str
-) -> None:
-    missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
-    facts = [f"{len(missing)} tensors are missing ({_some(missing)})"] if missing else []
-    facts += [f"{len(unknown)} are unknown ({_some(unknown)})"] if unknown else []
-    facts += [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}"
-        for name, shape in wanted.items()
-        if name in tensors and tensors[name].shape != shape
-    ][:4]
-    if facts:
-        raise CheckpointError(f"{path} looks like a {what}, but does not fit: {'; '.join(facts)}")
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
 def describe_family(c: BeitConfig, model_class: type[Beit]) -> str:
@@ -611,10 +494,10 @@ def save(
         card = _model_card(model, config, provenance or {})
         contents = {
             "model.safetensors": to_safetensors(to_transformers(model), metadata={"format": "pt"}),
-            "preprocessor_config.json": _json(describe_processor(model.image_spec)),
+            "preprocessor_config.json": json_bytes(describe_processor(model.image_spec)),
             "README.md": card.encode(),
         }
-    write_together(folder, {**contents, "config.json": _json(config)})
+    write_together(folder, {**contents, "config.json": json_bytes(config)})
     return None
 
 
@@ -628,165 +511,6 @@ def unilm_bytes(model: Beit) -> bytes:
     stream = io.BytesIO()
     torch.save({"model": {**tensors, **dict.fromkeys(sorted(places), index)}}, stream)
     return stream.getvalue()
-
-
-# --- tokenizers ------------------------------------------------------------------------------------
-
-
-AnyTokenizer = DiscreteVAE | DalleTokenizer | VQKD
-# From the sizes in config.json and the tensors' names.
-TOKENIZERS: dict[str, Callable[[dict[str, Any], Iterable[str]], AnyTokenizer]] = {
-    "beit-discrete-vae": lambda sizes, _: DiscreteVAE(DiscreteVAEConfig(**sizes)),
-    "beit-dalle-dvae": lambda sizes, names: DalleTokenizer(
-        DalleConfig(**sizes), with_decoder=any(name.startswith("decoder.") for name in names)
-    ),
-    "beit-vqkd": lambda sizes, _: VQKD(VQKDConfig(**sizes)),
-}
-COUNTS = ("num_layers", "n_blk_per_group", "encoder_depth", "decoder_depth")
-MODEL_TYPES = {DiscreteVAE: "beit-discrete-vae", DalleTokenizer: "beit-dalle-dvae", VQKD: "beit-vqkd"}
-MEAN_PATCHES = "mean_patches.safetensors"  # what a VQ-KD's tokens look like, where that was counted
-
-
-def save_tokenizer(
-    tokenizer: AnyTokenizer, folder: str | Path, provenance: dict[str, Any] | None = None
-) -> None:
-    """Write a tokenizer as a folder that `load_tokenizer` and `beit pretrain --tokenizer` read."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "model_type": MODEL_TYPES[type(tokenizer)],
-        "sizes": dataclasses.asdict(tokenizer.config),
-        "provenance": provenance or {},
-    }
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tokenizer.state_dict().items()}
-    contents = {"model.safetensors": to_safetensors(tensors, metadata={"format": "pt"})}
-    if isinstance(tokenizer, VQKD) and tokenizer.mean_patches is not None:
-        drawn = {"mean_patches": tokenizer.mean_patches.cpu().contiguous()}
-        contents[MEAN_PATCHES] = to_safetensors(drawn)
-    write_together(folder, {**contents, "config.json": _json(config)})
-
-
-def is_tokenizer(path: Path) -> bool:
-    """Whether a folder or a file is a visual tokenizer and no encoder."""
-    if path.is_dir():
-        file = path / "config.json"
-        return file.is_file() and _read_json(file).get("model_type") in list(TOKENIZERS)
-    return path.exists() and layout_of(_file_tensors(path)[1]) in ("dalle", "vqkd")
-
-
-def load_tokenizer(source: str | Path, num_heads: int | None = None) -> AnyTokenizer:
-    """Read a visual tokenizer, in evaluation mode.
-
-    source: a folder of ours; OpenAI's encoder.pkl, which takes the decoder.pkl beside it along; a
-    VQ-KD .pth. num_heads: of a VQ-KD file whose heads are not 64 wide. Raises CheckpointError.
-    """
-    path = resolve(str(source))
-    try:
-        return _tokenizer_folder(path) if path.is_dir() else _tokenizer_file(path, num_heads)
-    except (CheckpointError, RefusedFile):
-        raise
-    except Exception as error:  # a wrong number shows as almost anything
-        reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise CheckpointError(f"{path} does not describe a tokenizer: {reason}") from error
-
-
-def _tokenizer_folder(path: Path) -> AnyTokenizer:
-    content = _read_config(path)
-    kind = content.get("model_type")
-    if kind not in list(TOKENIZERS):
-        raise CheckpointError(
-            f"{path} holds a {str(kind)[:80]!r}, not a visual tokenizer; train one with "
-            "`beit train-tokenizer DATA -o RUN`"
-        )
-    tensors, sizes = _folder_tensors(path), content["sizes"]
-    if any(sizes.get(name, 0) > len(tensors) for name in COUNTS):
-        raise ValueError(f"its config.json says more layers than its {len(tensors)} tensors make")
-    tokenizer = _fill_tokenizer(path, lambda: TOKENIZERS[kind](sizes, tensors.keys()), tensors)
-    if isinstance(tokenizer, VQKD) and (path / MEAN_PATCHES).is_file():
-        drawn = _safetensors(path / MEAN_PATCHES)
-        shape = torch.Size((tokenizer.vocab_size, 3, tokenizer.stride, tokenizer.stride))
-        _check_same(path / MEAN_PATCHES, {"mean_patches": shape}, drawn, "VQKD")
-        tokenizer.mean_patches = drawn["mean_patches"]
-    return tokenizer
-
-
-def _tokenizer_file(path: Path, num_heads: int | None) -> AnyTokenizer:
-    if not path.exists():
-        raise CheckpointError(not_there(path))
-    tensors = _file_tensors(path)[1]
-    layout = layout_of(tensors)
-    if layout == "dalle":
-        return _dalle(path, tensors)
-    if layout == "vqkd":
-        dropped = ("loss", "teacher", "scaling")
-        tensors = {name: t for name, t in tensors.items() if not name.startswith(dropped)}
-        config = read_vqkd_config(tensors, num_heads)
-        return _fill_tokenizer(path, lambda: VQKD(config), tensors)
-    raise CheckpointError(
-        f"{path} is not a visual tokenizer; its first tensors are {_some(list(tensors))}"
-    )
-
-
-def _dalle(path: Path, tensors: dict[str, Tensor]) -> AnyTokenizer:
-    """OpenAI's dVAE from its encoder's file, the decoder's beside it."""
-    if "blocks.input.w" in tensors:  # one half, as OpenAI pickled it
-        if tensors["blocks.input.w"].shape[1] != 3:
-            raise CheckpointError(f"{path} is the decoder; give the encoder, and it takes this along")
-        other = path.with_name(path.name.replace("encoder", "decoder"))
-        tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-        if other != path and other.exists():
-            drawn = _file_tensors(other)[1]
-            tensors |= {f"decoder.{name}": tensor for name, tensor in drawn.items()}
-    head, stem = tensors["encoder.blocks.output.conv.w"], tensors["encoder.blocks.input.w"]
-    start = tensors.get("decoder.blocks.input.w")
-    config = DalleConfig(
-        vocab_size=head.shape[0],
-        n_hid=stem.shape[0],
-        n_init=128 if start is None else start.shape[0],
-        n_blk_per_group=len(
-            {n.split(".")[3] for n in tensors if n.startswith("encoder.blocks.group_1.")}
-        ),
-    )
-    with_decoder = start is not None
-    return _fill_tokenizer(path, lambda: DalleTokenizer(config, with_decoder), tensors)
-
-
-def read_vqkd_config(tensors: dict[str, Tensor], num_heads: int | None = None) -> VQKDConfig:
-    """A VQKDConfig from the published names' shapes; heads are 64 wide where num_heads is not given."""
-    kernel, codes = tensors["encoder.patch_embed.proj.weight"], tensors["quantize.embedding.weight"]
-    grid, width = math.isqrt(tensors["encoder.pos_embed"].shape[1] - 1), kernel.shape[0]
-    if num_heads is None and width % 64:
-        raise ValueError(
-            f"it does not say its heads, and width {width} is no multiple of 64; give num_heads, or "
-            "convert it first: beit convert FILE FOLDER --num-heads N"
-        )
-    return VQKDConfig(
-        img_size=grid * kernel.shape[-1],
-        patch_size=kernel.shape[-1],
-        embed_dim=width,
-        encoder_depth=count_blocks(tensors, "encoder.blocks"),
-        decoder_depth=count_blocks(tensors, "decoder.blocks"),
-        num_heads=num_heads or width // 64,
-        vocab_size=codes.shape[0],
-        code_dim=codes.shape[1],
-        teacher_dim=tensors["decode_task_layer.2.weight"].shape[0],
-    )
-
-
-def _fill_tokenizer(
-    path: Path, build: Callable[[], AnyTokenizer], tensors: dict[str, Tensor]
-) -> AnyTokenizer:
-    with torch.device("meta"):  # nothing is allocated before the file has shown its sizes
-        like = build()
-    wanted = {name: tensor.shape for name, tensor in like.state_dict().items()}
-    _check_same(path, wanted, tensors, type(like).__name__)
-    tokenizer = build()
-    tokenizer.load_state_dict(tensors)
-    return tokenizer.eval()
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _model_card(model: Beit, config: dict[str, Any], provenance: dict[str, Any]) -> str:

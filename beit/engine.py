@@ -317,7 +317,7 @@ class Engine:
     def _check_classifier(self) -> None:
         if self.has_classifier:
             return
-        from beit.checkpoints import CheckpointError
+        from beit.weight_files import CheckpointError
 
         raise CheckpointError(
             f"{self.name} has no classifier; fine-tune it first: beit finetune DATA -m MODEL -o RUN"

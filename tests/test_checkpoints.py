@@ -28,19 +28,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import beit.atomic
-from beit.checkpoints import (
-    CheckpointError,
-    load,
-    load_model,
-    load_tokenizer,
-    save,
-    save_tokenizer,
-)
+from beit.checkpoints import load, load_model, save
 from beit.hub import HubError
 from beit.image import IMAGENET_MEAN, IMAGENET_STD, ImageSpec
 from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 from beit.tokenizer import DalleConfig, DalleTokenizer, DiscreteVAE, DiscreteVAEConfig
+from beit.tokenizer_files import load_tokenizer, save_tokenizer
 from beit.unpickle import RefusedFile
+from beit.weight_files import CheckpointError
 
 # --- Round trips -----------------------------------------------------------------------------------
 

@@ -20,12 +20,12 @@ from conftest import ENVIRONMENT, Cli
 import beit.cli
 import beit.listing
 from beit.atomic import CannotWrite
-from beit.checkpoints import CheckpointError
 from beit.cli import COMMANDS, app, exit_code, start_from
 from beit.image import BadImage
 from beit.recipes import FOLDER
 from beit.run import Stopped
 from beit.settings import RunError
+from beit.weight_files import CheckpointError
 
 if sys.version_info >= (3, 11):
     import tomllib

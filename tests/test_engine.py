@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit.checkpoints import CheckpointError, load, load_model, save
+from beit.checkpoints import load, load_model, save
 from beit.data import open_source
 from beit.engine import Engine, Prediction, agree
 from beit.export import export
@@ -29,6 +29,7 @@ from beit.graphs import EmbedPooling, GraphError, Output
 from beit.image import IMAGENET_MEAN, IMAGENET_STD, BadImage, ImageSpec, preprocess, read_image
 from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 from beit.torch_model import TorchModel
+from beit.weight_files import CheckpointError
 
 CONFIG = BeitConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=6)
 exact = partial(Engine, runtime="torch", precision="fp32")

@@ -33,13 +33,15 @@ from torch import Tensor
 
 import beit
 from beit import hub
-from beit.checkpoints import CheckpointError, load, load_model, load_tokenizer, save, save_tokenizer
+from beit.checkpoints import load, load_model, save
 from beit.image import IMAGENET_MEAN, IMAGENET_STD, ImageSpec
 from beit.model import Beit, BeitForImageClassification, BeitForMaskedImageModeling
 from beit.relative_position import relative_position_index
 from beit.tokenizer import DalleTokenizer, DiscreteVAE, DiscreteVAEConfig
+from beit.tokenizer_files import load_tokenizer, save_tokenizer
 from beit.unpickle import RefusedFile
 from beit.vqkd import VQKD
+from beit.weight_files import CheckpointError
 
 Tensors = dict[str, Tensor]
 
@@ -270,7 +272,7 @@ def load_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...,
     """Load tensors without content as if they had been in a file."""
 
     def call(tensors: Tensors, **options: Any) -> Any:
-        monkeypatch.setattr("beit.checkpoints.read_weights", lambda _: tensors)
+        monkeypatch.setattr("beit.weight_files.read_weights", lambda _: tensors)
         (tmp_path / "file.pth").touch()
         return load_model(tmp_path / "file.pth", **options)
 

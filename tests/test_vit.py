@@ -13,9 +13,10 @@ from random_models import randomise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from beit.checkpoints import CheckpointError, load, save
+from beit.checkpoints import load, save
 from beit.image import IMAGENET_MEAN
 from beit.model import Beit, BeitForImageClassification
+from beit.weight_files import CheckpointError
 
 Tensors = dict[str, Tensor]
 transformers = pytest.importorskip("transformers", minversion="5.0")

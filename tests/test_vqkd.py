@@ -18,8 +18,9 @@ from torch import Tensor
 
 import beit.tokenizer
 import beit.vqkd
-from beit.checkpoints import CheckpointError, load_tokenizer, save_tokenizer
+from beit.tokenizer_files import load_tokenizer, save_tokenizer
 from beit.vqkd import VQKD, NormEMAVectorQuantizer, VQKDConfig, mean_patches, patch_pixels
+from beit.weight_files import CheckpointError
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -29,7 +29,6 @@ from rich.table import Table
 from torch import Tensor
 
 from beit.augment import TwoViews, normalise, to_unit
-from beit.checkpoints import load_tokenizer
 from beit.commands.pretrain import Batch, MaskedLogits, masked_loss
 from beit.data import Loader, open_source
 from beit.flops import peak_flops, training_flops
@@ -40,6 +39,7 @@ from beit.optim import adamw, param_groups, update
 from beit.precision import Precision, autocast, pick_device, resolve_precision
 from beit.ranges import NotNegative
 from beit.tokenizer import DalleConfig, DalleTokenizer, Tokenizer
+from beit.tokenizer_files import load_tokenizer
 
 
 @Parameter(name="*")

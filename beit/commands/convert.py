@@ -13,17 +13,11 @@ from cyclopts.types import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from beit.atomic import CannotWrite
-from beit.checkpoints import (
-    CheckpointError,
-    Format,
-    is_tokenizer,
-    load_model,
-    load_tokenizer,
-    save,
-    save_tokenizer,
-)
+from beit.checkpoints import Format, load_model, save
 from beit.hub import resolve, sha256_of
 from beit.model import Beit
+from beit.tokenizer_files import is_tokenizer, load_tokenizer, save_tokenizer
+from beit.weight_files import CheckpointError
 
 TOLERANCE = 1e-5  # of the probe picture's outputs, relative to the largest
 

@@ -14,12 +14,13 @@ import torch
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from beit.checkpoints import describe_family, find_weights, is_tokenizer, load_tokenizer
+from beit.checkpoints import describe_family, find_weights
 from beit.flops import forward_flops
 from beit.graph_cache import known_choice
 from beit.graphs import RUNTIME_OF, is_graph, open_graph
 from beit.hub import is_size, resolve, sha256_of
 from beit.model import VARIANTS, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
+from beit.tokenizer_files import is_tokenizer, load_tokenizer
 
 
 @Parameter(name="*")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from beit import distributed
 from beit.augment import Filter, TwoViews, normalise, to_unit
-from beit.checkpoints import AnyTokenizer, load_model, load_tokenizer, save
+from beit.checkpoints import load_model, save
 from beit.data import ImageSource, Loader, open_source, sample_rng
 from beit.features import default_layer
 from beit.flops import peak_flops, training_flops
@@ -39,6 +39,7 @@ from beit.run import Run, Stopped, check_folder, surroundings, weights_hash
 from beit.settings import settings_in_words
 from beit.split import data_hash
 from beit.tokenizer import DalleTokenizer, PixelTargets, Tokenizer, count_tokens
+from beit.tokenizer_files import AnyTokenizer, load_tokenizer
 from beit.visualize import hide_patches, mark_patches, strip, to_bytes
 from beit.watch import Watch, probe_pictures
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from beit import distributed
 from beit.atomic import write_atomically
 from beit.augment import CropAndFlip, normalise, to_unit
-from beit.checkpoints import load_model, save_tokenizer
+from beit.checkpoints import load_model
 from beit.data import ImageSource, Loader, open_source
 from beit.features import default_layer
 from beit.hub import resolve, sha256_of
@@ -37,6 +37,7 @@ from beit.run import Run, check_folder, read_metrics, surroundings
 from beit.settings import settings_in_words
 from beit.split import data_hash
 from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig, count_tokens
+from beit.tokenizer_files import save_tokenizer
 from beit.visualize import img_tag, line_chart, png_bytes, strip, to_bytes
 from beit.vqkd import VQKD, VQKDConfig, mean_patches, patch_pixels
 

@@ -14,9 +14,10 @@ from random_models import GOLDEN, NAMES, build, same_tensors
 from safetensors.torch import load_file, save_file
 
 import beit.commands.convert as convert_module
-from beit.checkpoints import load, load_model, load_tokenizer, save
+from beit.checkpoints import load, load_model, save
 from beit.commands.convert import Convert, parity
 from beit.model import BeitForImageClassification
+from beit.tokenizer_files import load_tokenizer
 
 from .conftest import EXACT, FINETUNE, PRETRAIN, Done
 

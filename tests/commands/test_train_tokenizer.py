@@ -18,13 +18,14 @@ from PIL import Image
 
 import beit.commands.train_tokenizer
 from beit.augment import normalise, to_unit
-from beit.checkpoints import load_model, load_tokenizer
+from beit.checkpoints import load_model
 from beit.commands.train_tokenizer import NOT_OF, model_features, open_teacher
 from beit.data import open_source
 from beit.image import ImageSpec, resize_and_crop
 from beit.metrics import psnr
 from beit.optim import cosine_schedule, param_groups
 from beit.tokenizer import DiscreteVAE
+from beit.tokenizer_files import load_tokenizer
 from beit.visualize import to_bytes
 from beit.vqkd import VQKD, VQKDConfig, patch_pixels
 
