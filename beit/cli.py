@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -167,7 +168,8 @@ def keep_memory() -> None:
     A step frees what the next one takes again; without the system's part in that a step of base takes a
     tenth less. glibc reads this once, as it starts; where it is set already it stays.
     """
-    words, known = sys.argv[1:], "GLIBC_TUNABLES" in os.environ
+    known = "GLIBC_TUNABLES" in os.environ
+    words = list(dropwhile(lambda word: word not in COMMANDS, sys.argv[1:]))  # from the command on
     trains = words[:1] in [[name] for name in (*TRAININGS, "bench-pretrain")]
     trains = trains or words[:2] == ["bench", "pretrain"]
     if trains and not known and "--help" not in words and platform.libc_ver()[0] == "glibc":

@@ -295,6 +295,7 @@ def test_debugging_shows_where_any_error_came_from(cli: Cli, monkeypatch: pytest
     ("words", "anew"),
     [
         (["pretrain"], True), (["finetune", "x"], True), (["bench", "pretrain"], True),
+        (["--offline", "pretrain"], True), (["--recipe", "digits", "finetune"], True),
         (["pretrain", "--help"], False), (["classify"], False), (["bench", "x"], False), ([], False),
     ],
 )  # fmt: skip
