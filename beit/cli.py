@@ -221,13 +221,14 @@ def run() -> None:
         words.remove("--offline")
         os.environ["BEIT_OFFLINE"] = "1"
     try:
+        start = take_start(words)
         if words[:2] == ["bench", "pretrain"]:
             words[:2] = ["bench-pretrain"]
         if words and not words[0].startswith("-") and words[0] not in COMMANDS:
             raise ValueError(f"there is no command {words[0]!r}; {nearest(words[0], COMMANDS)}")
-        app.config = []
-        if start := take_start(words):
-            app.config = [start_from(words, *start)]
+        if start and (not words or words[0] not in COMMANDS):
+            raise ValueError(f"{start[0]} is for a command: beit finetune flowers/ {start[0]} ...")
+        app.config = [start_from(words, *start)] if start else []
         trains = bool(words) and words[0] in TRAININGS
         with stop_at_once() if trains else nullcontext(), lasting_output() if trains else nullcontext():
             app(words, exit_on_error=False)

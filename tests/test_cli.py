@@ -448,6 +448,14 @@ def test_misspelt_recipes_and_keys_name_the_nearest(cli: Cli, tmp_path: Path) ->
     assert "sets 'epoch', which is no setting; did you mean epochs" in err
 
 
+@pytest.mark.parametrize("words", [[], ["--help"], ["finetun"]])
+@pytest.mark.parametrize("option", ["--recipe", "--config"])
+def test_a_start_without_a_command_is_told(cli: Cli, option: str, words: list[str]) -> None:
+    code, out, err = cli(option, "digits", *words)
+    assert (code, out) == (2, "")
+    assert ("did you mean finetune" if words == ["finetun"] else f"{option} is for a command") in err
+
+
 def test_two_starts_and_a_start_without_a_name_are_refused(cli: Cli) -> None:
     assert cli("pretrain", "x", recipe="digits", config="run.toml")[0] == 2
     code, _, err = cli("pretrain", "x", "--recipe")
