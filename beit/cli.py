@@ -119,7 +119,7 @@ COMMANDS = {
     ),
 }
 
-# What Ctrl-C leaves of a command; those that are not here tell it themselves, or leave nothing to tell.
+# What Ctrl-C leaves of a command, unless its KeyboardInterrupt tells it; the others leave nothing.
 STOPPED = {
     **dict.fromkeys(TRAININGS, "what was saved is kept, give the same command to go on"),
     **dict.fromkeys(("embed", "shard"), "whole shards are kept, give the same command to go on"),
@@ -237,10 +237,10 @@ def run() -> None:
         with suppress(OSError):
             print(f"`{command} --help` tells more, with an example", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        if words and words[0] in STOPPED:
-            with suppress(OSError):
-                print(f"stopped; {STOPPED[words[0]]}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        kept = str(stop) or STOPPED.get(words[0] if words else "", "")
+        with suppress(OSError):
+            print("; ".join(filter(None, ("stopped", kept))), file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         drop_output()

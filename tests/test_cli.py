@@ -359,6 +359,8 @@ AGAIN = "kept, give the same command to begin again"
         (("probe", "-m", "m"), "open_source", f"nothing is {AGAIN}"),
         (("export", "--to", "torch"), "load_model", f"nothing is {AGAIN}"),
         (("bench",), "cases_of", f"nothing is {AGAIN}"),
+        (("info",), "resolve", ""),
+        (("serve", "-m"), "_listen", ""),
     ],
 )  # fmt: skip
 def test_ctrl_c_says_in_a_line_what_is_kept(
@@ -374,7 +376,8 @@ def test_ctrl_c_says_in_a_line_what_is_kept(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.import_module(f"beit.commands.{words[0]}"), within, stopped)
-    assert cli(words[0], tmp_path, *words[1:]) == (130, "", f"stopped; {told}")
+    given = [*words, tmp_path] if words[-1] == "-m" else [words[0], tmp_path, *words[1:]]
+    assert cli(*given) == (130, "", f"stopped; {told}" if told else "stopped")
 
 
 def test_the_module_runs_as_the_program_does() -> None:

@@ -112,8 +112,7 @@ def classify(settings: Classify) -> None:
                 done, failed = write_all(answers, write, progress.update)
         except KeyboardInterrupt:
             kept = f"the answers so far are in {so_far(out)}"
-            print(f"stopped; {kept}, give the same command to go on", file=sys.stderr)
-            raise
+            raise KeyboardInterrupt(f"{kept}, give the same command to go on") from None
         so_far(out).unlink()
         print(f"{done} pictures classified into {out}", file=sys.stderr)
     elif settings.json:
