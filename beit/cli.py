@@ -18,11 +18,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
-from itertools import dropwhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from cyclopts.config import Dict as Config
 
 from beit.atomic import CURE, NO_ROOM_OR_RIGHTS
@@ -232,9 +232,11 @@ def run() -> None:
         trains = bool(words) and words[0] in TRAININGS
         with stop_at_once() if trains else nullcontext(), lasting_output() if trains else nullcontext():
             app(words, exit_on_error=False)
-    except CycloptsError:  # it has said what is wrong
+    except CycloptsError as error:  # it has said what is wrong
         command = f"beit {words[0]}" if words and words[0] in COMMANDS else "beit"
         with suppress(OSError):
+            if isinstance(error, UnusedCliTokensError) and (hint := with_commas(words)):
+                print(hint, file=sys.stderr)
             print(f"`{command} --help` tells more, with an example", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
@@ -259,6 +261,15 @@ def run() -> None:
         except OSError:  # it was what failed
             drop_output()
         sys.exit(code)
+
+
+def with_commas(words: list[str]) -> str:
+    """How a setting that was given several words is typed, where it takes one with commas."""
+    for place, option in enumerate(words):
+        values = list(takewhile(lambda word: not word.startswith("-"), words[place + 1 :]))
+        if option in ("--layers", "--kinds") and len(values) > 1:
+            return f"give them with commas: {option} {','.join(word.strip(',') for word in values)}"
+    return ""
 
 
 class LastingStream:

@@ -157,6 +157,8 @@ def test_a_process_answers_as_well(beit_process: object) -> None:
         (("classify", "cat.jpg", "-m", "m", "--top", "many"), "many"),
         (("evaluate", "a", "b", "-m", "m"), "'b'"),
         (("probe", "a", "-m"), "requires an argument"),
+        (("probe", "a", "-m", "m", "--layers", "9", "12"), "give them with commas: --layers 9,12"),
+        (("probe", "a", "--kinds", "linear,", "knn", "-m", "m"), "commas: --kinds linear,knn"),
         (("finetune", "nowhere", "-m", "m", "-o", "o"), "nowhere does not exist"),
         (("pretrain", "nowhere", "--tokenizer", "t", "-o", "o"), "nowhere does not exist"),
         (("train-tokenizer", "nowhere", "-o", "o"), "nowhere does not exist"),
