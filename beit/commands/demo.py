@@ -45,7 +45,7 @@ class Demo:
     """Folder for the pictures, the runs and the page."""
     fast: bool = False
     """A minute instead of five: shows the way, not the numbers."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of the training and of which pictures keep their labels; the split is always the same."""
     workers: NonNegativeInt = 0
     """Threads that prepare pictures; for ones this small the hand-over costs more than it saves."""

@@ -71,7 +71,7 @@ class Probe:
     """Write the results to this .json as well."""
     baseline: Annotated[bool, Parameter(negative="--no-baseline")] = True
     """Probe the same network untrained beside it."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of the untrained network, the fifth that is held out, and the draws of few-shot."""
     batch_size: PositiveInt = 64
     precision: Precision = "auto"

@@ -233,6 +233,7 @@ def test_the_split_that_is_scored_can_be_named(cli: Cli, shapes: Path, pretraine
         ),
         ({"pooling": "max"}, 2, "max"),
         ({"batch_size": 0}, 2, "--batch-size"),
+        ({"seed": -1}, 2, '"-1" for --seed. Must be >= 0.'),
         ({"model": "nowhere"}, 5, "nowhere does not exist"),
     ],
 )
