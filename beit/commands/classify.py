@@ -28,6 +28,7 @@ from beit.hub import resolve
 from beit.listing import expand, is_address
 from beit.names import json_line, printable
 from beit.progress import Progress
+from beit.ranges import Share
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 COLUMNS = ["path", "label", "score", "error"]  # the first ones of a .csv or a Parquet file
@@ -54,7 +55,7 @@ class Classify:
     """Let --out replace a file that classify did not write."""
     json: bool = False
     """Print one JSON object a picture."""
-    max_bad_images: float = 1.0
+    max_bad_images: Share = 1.0
     """Share of the pictures that may be unreadable; more, or all of them, end with exit code 4."""
     img_size: PositiveInt | None = None
     """Pixels a side that the model sees, if not its own: its tables of positions are resized."""
@@ -73,8 +74,6 @@ class Classify:
 def classify(settings: Classify) -> None:
     """Classify pictures."""
     out = settings.out
-    if not 0 <= settings.max_bad_images <= 1:
-        raise ValueError(f"max_bad_images {settings.max_bad_images} is not a share from 0 to 1")
     if out is not None and out.suffix not in ENDINGS:
         raise ValueError(f"--out {out} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
     check_place(out)

@@ -48,6 +48,7 @@ from beit.hub import resolve
 from beit.listing import list_names
 from beit.plural import counted
 from beit.progress import Progress
+from beit.ranges import Share
 from beit.stop import stop_at_once
 
 SHARD_SIZE = {"mean": 10_000, "cls": 10_000, "tokens": 256}  # 15 MB, and 77 MB, of base-224 in fp16
@@ -80,7 +81,7 @@ class Embed:
     part: str | None = None
     """2/8 embeds the second of eight parts, every eighth shard; torchrun's processes take theirs
     unasked. Parts need not know of each other, and may run at any time, on any machine."""
-    max_bad_images: float = 0.01
+    max_bad_images: Share = 0.01
     """Share of the pictures that may be unreadable; more stops it with exit code 4."""
     retry_bad: bool = False
     """Embed the shards with unreadable pictures anew."""
@@ -137,10 +138,6 @@ def which_part(given: str | None) -> tuple[int, int]:
 
 def check(settings: Embed) -> None:
     """Refuse what cannot be done, before anything is looked at."""
-    if not 0 <= settings.max_bad_images <= 1:
-        raise ValueError(
-            f"max_bad_images {settings.max_bad_images} is not a share from 0 to 1; 0.01 is usual"
-        )
     if settings.format == "parquet":
         from importlib.util import find_spec
 

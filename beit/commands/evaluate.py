@@ -49,6 +49,7 @@ from beit.model import Beit
 from beit.names import printable
 from beit.precision import Precision
 from beit.probe import review_labels, review_several
+from beit.ranges import Share
 from beit.report import Page
 from beit.settings import describe_settings
 from beit.split import MOST_LOOKED_AT, Looked, data_hash, look, real_place
@@ -78,7 +79,7 @@ class Evaluate:
     """Write all numbers to this .json as well."""
     report: Path | None = None
     """Write a page to this .html: confusions, calibration, the worst mistakes, labels that look wrong."""
-    max_bad_images: float = 0.01
+    max_bad_images: Share = 0.01
     """Share of the pictures that may be unreadable; they are left out. More end with exit code 4."""
     batch_size: PositiveInt = 64
     precision: Precision = "fp32"
@@ -91,8 +92,6 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     """Score a classifier on labelled pictures."""
     check_place(settings.out, ending=".json")
     check_place(settings.report, ending=".html")
-    if not 0 <= settings.max_bad_images <= 1:
-        raise ValueError(f"max_bad_images {settings.max_bad_images} is not a share from 0 to 1")
     engine = Engine(
         settings.model,
         "auto" if is_graph(settings.model) else "torch",

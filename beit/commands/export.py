@@ -22,6 +22,7 @@ from beit.graphs import SUFFIX_OF, EmbedPooling, Kind, Output
 from beit.hub import resolve, sha256_of
 from beit.image import BadImage, ImageSpec, preprocess
 from beit.plural import counted
+from beit.ranges import Share
 
 
 @Parameter(name="*")
@@ -49,7 +50,7 @@ class Export:
     """For int8: a folder, list or shards of the kind of pictures it will see."""
     count: PositiveInt = 256
     """Of these pictures, spread over the whole: half to calibrate on, half to measure."""
-    min_agreement: float = 0.99
+    min_agreement: Share = 0.99
     """Refuse int8 that names the model's class less often than this."""
     anyway: bool = False
     """Write it all the same."""
@@ -62,8 +63,6 @@ def export(settings: Export) -> dict[str, Any]:
     small = "-int8" if settings.precision == "int8" else ""
     out = settings.out or Path(f"{Path(settings.model).stem}{small}{SUFFIX_OF[settings.to]}")
     check_place(out)
-    if not 0 <= settings.min_agreement <= 1:
-        raise ValueError(f"--min-agreement {settings.min_agreement} is not a share from 0 to 1")
     if settings.precision == "int8" and settings.pictures is None:
         raise ValueError("int8 is calibrated on pictures of the kind it will see: --pictures PLACE")
     model = load_model(settings.model, img_size=settings.img_size)

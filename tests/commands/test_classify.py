@@ -203,7 +203,7 @@ def test_a_pipe_that_closes_early_is_no_error(finetuned: Done, shapes: Path, tmp
         ({"batch_size": 0}, 2, "batch"),
         ({"model": "nowhere.run"}, 5, "nowhere.run does not exist"),
         ({"precision": "fp8"}, 2, "fp8"),
-        ({"max_bad_images": 2}, 2, "max_bad_images 2.0 is not a share from 0 to 1"),
+        ({"max_bad_images": 2}, 2, '"2.0" for --max-bad-images. Must be <= 1.'),
         ({"tpo": 3}, 2, "--tpo is no setting of classify"),
         ({"out": "no/such/folder/answers.csv"}, 6, "no/such/folder"),
     ],

@@ -493,7 +493,7 @@ def test_the_same_model_elsewhere_is_the_same(
         ({"part": "0/2"}, 2, "--part 0/2 must be like 2/8"),
         ({"part": "two"}, 2, "--part two must be like 2/8"),
         ({"layer": 7}, 2, "layer 7 does not exist; this model has layers 0 to 2"),
-        ({"max_bad_images": 2}, 2, "is not a share from 0 to 1"),
+        ({"max_bad_images": 2}, 2, '"2.0" for --max-bad-images. Must be <= 1.'),
         ({"pooling": "tokens", "format": "parquet"}, 2, "--pooling tokens is for --format npy"),
         ({"model": "nowhere/at.all"}, 5, "nowhere/at.all does not exist"),
     ],

@@ -73,7 +73,7 @@ def test_a_graph_of_any_size_answers_at_its_usual_one_and_says_what_it_takes(
         ({"out": "no/such/a.onnx"}, 6, "no/such is not a folder"),
         ({"out": "a.xml"}, 2, "a.xml must end in .onnx"),
         ({"kind": "masked"}, 5, "guesses no tokens"),
-        ({"min_agreement": 99}, 2, "not a share from 0 to 1"),
+        ({"min_agreement": 99}, 2, '"99.0" for --min-agreement. Must be <= 1.'),
         ({"kind": "features", "layer": 9}, 2, "layers 0 to 4"),
     ],
 )
