@@ -148,7 +148,7 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     if settings.out is not None:
         document = {
             "beit": version("beit"),
-            "settings": {k: v for k, v in asdict(settings).items() if k != "_"},
+            "settings": asdict(settings),
             **result,
             "class_names": answers.classes,
             **({} if answers.several else curves(answers)),

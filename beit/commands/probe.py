@@ -148,7 +148,7 @@ def probe(settings: Probe) -> dict[str, Any]:
     else:
         show(result, settings, model.config.depth, paper, len(test))
     if settings.out is not None:
-        document = {"settings": {k: v for k, v in asdict(settings).items() if k != "_"}, **result}
+        document = {"settings": asdict(settings), **result}
         write_atomically(settings.out, json.dumps(document, default=str, indent=1).encode() + b"\n")
     if result["bad_images"]:
         raise SomeSkipped(
