@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -72,8 +73,8 @@ def write_report(
         "pictures": f"{len(data.train.source)} to train on, {count} to validate on",
         "data hash": provenance["data_hash"],
     }
-    again = f"beit finetune {settings['data']} --config {run.out / 'run.toml'} --out again.run"
-    about(page, settings, facts, again)
+    config = ["--config", str(run.out / "run.toml"), "--out", "again.run"]
+    about(page, settings, facts, shlex.join(["beit", "finetune", settings["data"], *config]))
     page.write(run.out / "report.html")
     distributed.say(f"the page: {run.out / 'report.html'}")
 

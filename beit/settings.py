@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Collection
@@ -41,6 +42,20 @@ def describe_settings(settings: Any) -> dict[str, Any]:
 def as_typed(command: Any) -> str:
     """A command as it is typed, by the name of its settings."""
     return re.sub(r"\B[A-Z]", r"-\g<0>", str(command)).lower()
+
+
+def command_line(settings: Any) -> str:
+    """The command that gives these settings, as one would type it."""
+    words = ["beit", as_typed(type(settings).__name__)]
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name == "overwrite" or value == field.default:
+            continue
+        if field.name != "data":
+            words.append("--" + "no-" * (value is False) + field.name.replace("_", "-"))
+        if not isinstance(value, bool):
+            words += [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+    return shlex.join(words)
 
 
 def same_place(one: Any, other: Any) -> bool:

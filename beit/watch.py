@@ -11,6 +11,7 @@ then, from before its first step to after its last. A look changes nothing of th
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -150,7 +151,7 @@ class Watch:
         self._show_pictures(page)
         page.section("Settings", f"run.toml; beit {version('beit')}, torch {torch.__version__}.")
         page.code((self.out / "run.toml").read_text(encoding="utf-8"))
-        page.code(" ".join(["beit", *sys.argv[1:]]))
+        page.code(shlex.join(["beit", *sys.argv[1:]]))
         page.write(self.out / "report.html")
 
     def _show_pictures(self, page: Page) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
-import shlex
 import sys
 import time
-from dataclasses import KW_ONLY, MISSING, dataclass, fields
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +30,7 @@ from beit.engine import Engine, Prediction
 from beit.metrics import top_k_accuracy
 from beit.report import Page
 from beit.run import read_metrics
+from beit.settings import command_line
 from beit.visualize import img_tag, line_chart, strip
 
 MODEL = "beit_mini_patch8_32"
@@ -170,20 +170,6 @@ def raw_pixel_accuracy(train: ImageSource, test: ImageSource) -> float:
 
     model = LogisticRegression(max_iter=5000).fit(pixels(train), train.labels)
     return float(model.score(pixels(test), test.labels))
-
-
-def command_line(settings: Any) -> str:
-    """The command that a settings object stands for, as one would type it."""
-    words = ["beit", "".join(f"-{c.lower()}" if c.isupper() else c for c in type(settings).__name__)[1:]]
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if field.name in ("_", "overwrite") or (field.default is not MISSING and value == field.default):
-            continue
-        if field.name != "data":
-            words.append("--" + "no-" * (value is False) + field.name.replace("_", "-"))
-        if not isinstance(value, bool):
-            words += [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
-    return shlex.join(words)
 
 
 def tell(number: int, what: str, settings: Any) -> None:

@@ -51,7 +51,7 @@ from beit.precision import Precision
 from beit.probe import review_labels, review_several
 from beit.ranges import Share
 from beit.report import Page
-from beit.settings import describe_settings
+from beit.settings import command_line, describe_settings
 from beit.split import MOST_LOOKED_AT, Looked, data_hash, look, real_place
 from beit.validation import score
 
@@ -291,10 +291,8 @@ def write_page(file: Path, settings: Evaluate, answers: Answers, notes: str) -> 
     if len(truth) <= MOST_LOOKED_AT:
         looked = look(answers.source, 2)
         same_pictures(page, same_of(answers, looked))
-    words = ["beit", "evaluate", str(settings.data), "-m", settings.model, "--split", settings.split]
-    words += ["--preset", settings.preset] if settings.preset else []
     facts = {"pictures": len(truth), "data hash": data_hash([answers.source], looked)}
-    about(page, describe_settings(settings), facts, shlex.join([*words, "--report", str(file)]))
+    about(page, describe_settings(settings), facts, command_line(settings))
     page.write(file)
     print(f"the page: {file}", file=sys.stderr)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from PIL import Image
 
 import beit.commands.evaluate
 from beit.checkpoints import load, load_model, save
+from beit.cli import app
 from beit.commands.evaluate import Evaluate, evaluate, preset_spec
 from beit.data import open_source
 from beit.engine import Engine
@@ -468,6 +471,18 @@ def test_the_page_says_what_the_numbers_say(
     code, _, err = cli("evaluate", noisy, model=finetuned.folder, report="/nowhere/page.html")
     assert code == 6
     assert "cannot write /nowhere/page.html" in err
+
+
+def test_the_command_on_the_page_does_it_again(
+    cli: Cli, finetuned: Done, noisy: Path, tmp_path: Path
+) -> None:
+    options = {"model": finetuned.folder, "img_size": 64, "preset": "timm", "precision": "bf16"}
+    assert cli("evaluate", noisy, **options, report=tmp_path / "page.html")[0] == 0
+    page = (tmp_path / "page.html").read_text()
+    words = shlex.split(html.unescape(re.findall(r"<pre>(beit evaluate .*?)</pre>", page)[0]))
+    again = app.parse_args(words[1:], print_error=False, exit_on_error=False)[1].arguments["settings"]
+    given = {**options, "model": str(finetuned.folder), "report": tmp_path / "page.html"}
+    assert again == Evaluate(noisy, **given)
 
 
 def test_an_unreadable_picture_is_left_out_named_and_counted(

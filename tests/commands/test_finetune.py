@@ -715,7 +715,8 @@ def test_the_page_is_whole_small_and_needs_no_network(finetuned: Done) -> None:
 
 
 def test_the_command_on_the_page_does_it_again(shapes: Path, tmp_path: Path, cli: Cli) -> None:
-    done = run(tmp_path / "run", "finetune", shapes, **{**MINI, "steps": 3})
+    data = shutil.copytree(shapes, tmp_path / "my pictures")
+    done = run(tmp_path / "run", "finetune", data, **{**MINI, "steps": 3})
     page = (done.folder / "report.html").read_text()
     words = shlex.split(html.unescape(re.findall(r"<pre>(beit finetune .*?)</pre>", page)[0]))
     code, _, err = cli(*words[1:-1], tmp_path / "again")
