@@ -33,7 +33,7 @@ import torch
 
 import beit.export
 from beit.checkpoints import load_model, save
-from beit.commands.bench import PACKAGES, ceiling, in_a_process, peak_mib, rival
+from beit.commands.bench import PACKAGES, ceiling, in_a_process, rival
 from beit.data import open_source
 from beit.engine import Engine, Runtime
 from beit.export import export
@@ -42,6 +42,7 @@ from beit.graph_cache import machine
 from beit.graphs import SUFFIX_OF, multiplies_bf16, open_graph
 from beit.image import preprocess, read_image
 from beit.model import VARIANTS, BeitForImageClassification
+from beit.progress import peak_memory_mib
 
 RATIO_TO = "transformers fp32"
 
@@ -237,8 +238,8 @@ def classify_all(case: dict[str, Any]) -> dict[str, float]:
         with torch.inference_mode():
             model(batch).logits.softmax(dim=1).topk(5)
         if number == min(100, case["count"]):
-            peaks["at_100"] = peak_mib()
-    return {**peaks, "end": peak_mib()}
+            peaks["at_100"] = peak_memory_mib()
+    return {**peaks, "end": peak_memory_mib()}
 
 
 # --- Decoding ahead --------------------------------------------------------------------------------------

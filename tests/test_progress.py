@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+import torch
+from conftest import ENVIRONMENT
 
 import beit.progress
-from beit.progress import Progress
+from beit.progress import Progress, peak_memory_mib
 
 
 class Clock:
@@ -55,3 +60,13 @@ def test_quiet_progress_is_silent(clock: Clock, capfd: pytest.CaptureFixture[str
         clock.now = 1000.0
         progress.update(1)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="told elsewhere with the parent's")
+def test_the_memory_of_a_process_is_not_its_parents() -> None:
+    held = torch.ones(75_000_000)  # 286 MiB
+    code = "import beit.progress; print(beit.progress.peak_memory_mib())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    assert 0 < float(done.stdout) < 250 < held.numel() * 4 / 2**20 < peak_memory_mib()

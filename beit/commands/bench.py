@@ -32,6 +32,7 @@ from beit.flops import forward_flops, measured_flops, measured_int8_operations
 from beit.graph_cache import machine
 from beit.graphs import installed, is_graph, multiplies_bf16, open_graph
 from beit.model import BeitConfig, BeitForImageClassification
+from beit.progress import peak_memory_mib
 from beit.ranges import Numbers
 
 
@@ -206,7 +207,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             began = time.perf_counter()
             run(images)
             ms[str(batch)].append(1000 * (time.perf_counter() - began))
-        peaks[str(batch)] = peak_mib()
+        peaks[str(batch)] = peak_memory_mib()
     return {"ms": ms, "peak_mib": peaks, "precision": precision}
 
 
@@ -245,18 +246,6 @@ def rival(name: str, folder: str) -> tuple[Any, tuple[int, int]]:
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return model, tuple(model.patch_embed.img_size)
-
-
-def peak_mib() -> float:
-    """The most memory this process had."""
-    status = Path("/proc/self/status")  # getrusage's number is the parent's where that had more
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 if __name__ == "__main__":
