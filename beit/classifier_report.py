@@ -8,7 +8,6 @@ several labels.
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
 import io
@@ -36,7 +35,7 @@ from beit.metrics import (
     top_k_right,
 )
 from beit.report import Page
-from beit.visualize import img_tag, line_chart
+from beit.visualize import data_tag, img_tag, line_chart
 
 MANY = 50  # classes: beyond, pairs are listed instead of the whole matrix, and the worst classes only
 SHOWN_MISTAKES = 24
@@ -372,5 +371,4 @@ def tile(image: np.ndarray, alt: str) -> str:
     how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     stream = io.BytesIO()
     picture.resize(size, how).save(stream, format="JPEG", quality=85)
-    data = base64.b64encode(stream.getvalue()).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">'
+    return data_tag(stream.getvalue(), "jpeg", alt)

@@ -23,7 +23,7 @@ else:
 # Settings of how a run is carried out, which change what it computes by rounding at most (parts of a dVAE's
 # step by the age of its codes): they may differ on resume.
 FREE_SETTINGS = {
-    "out", "overwrite", "workers", "device", "log_every", "save_every", "quiet", "keep_last",
+    "out", "overwrite", "workers", "device", "log_every", "save_every", "keep_last",
     "keep_every", "device_batch_size", "shard", "gradient_checkpointing", "compile", "tensorboard",
     "peak_tflops", "probe_data", "probe_layers", "look_epochs", "max_bad_images",
 }  # fmt: skip

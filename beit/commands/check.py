@@ -16,7 +16,7 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
 
 from beit.atomic import check_place, replacing
-from beit.data import Bad, ImageSource, TooManyBadImages, has_split, open_source
+from beit.data import Bad, ImageSource, SomeSkipped, TooManyBadImages, has_split, open_source
 from beit.image import BadImage, open_image
 from beit.names import printable
 from beit.progress import Progress
@@ -42,12 +42,6 @@ class Check:
     """Processes that read."""
     json: bool = False
     """Print one JSON object instead of words."""
-
-
-class SomeBad(Exception):
-    """Done, and some pictures cannot be read."""
-
-    exit_code = 3
 
 
 class Read(NamedTuple):
@@ -95,7 +89,7 @@ def check(settings: Check) -> dict[str, Any]:
         told = f"{number:,} of {total:,} pictures cannot be read"
         if number > math.ceil(settings.max_bad_images * total):
             raise TooManyBadImages(f"{told}; a run stops at {settings.max_bad_images:.1%}")
-        raise SomeBad(f"{told}; a run replaces each by another")
+        raise SomeSkipped(f"{told}; a run replaces each by another")
     return result
 
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from beit.atomic import check_place, not_there, write_atomically
-from beit.classifier_report import Answers, about, how_good, same_pictures
+from beit.classifier_report import MANY, Answers, about, how_good, same_pictures
 from beit.data import ImageSource, SomeSkipped, TooManyBadImages, has_split, open_source
 from beit.engine import Engine
 from beit.graphs import is_graph
@@ -54,8 +54,6 @@ from beit.report import Page
 from beit.settings import command_line, describe_settings
 from beit.split import MOST_LOOKED_AT, Looked, data_hash, look, real_place
 from beit.validation import score
-
-MANY = 50  # classes: beyond, the table shows the worst of them and the report has no whole matrix
 
 
 @Parameter(name="*")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from cyclopts import Parameter
@@ -34,7 +34,7 @@ class Info:
     """Attention heads, where the file does not say and they are not 64 wide."""
     early_layer: PositiveInt | None = None
     """BEiT v2's split, where it is not 9 of 12 or 21 of 24."""
-    json: Annotated[bool, Parameter(negative="")] = False
+    json: bool = False
     """Print one JSON line instead of words."""
 
 
