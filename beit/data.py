@@ -175,6 +175,11 @@ def find_pictures(places: list[str], command: str) -> list[ImageSource | str]:
     return found
 
 
+def names_on_stdin() -> Iterator[str]:
+    """The lines of stdin, the path of a picture each, as they come."""
+    return filter(None, (line.rstrip("\r\n") for line in sys.stdin))
+
+
 def _is_pattern(place: str) -> bool:
     return re.search(r"[*?{[]", place) is not None and not exists(place)
 

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from beit.atomic import write_atomically
-from beit.data import Bad, ImageSource
+from beit.data import Bad, ImageSource, names_on_stdin
 from beit.graph_cache import (
     digest,
     forget_old_graphs,
@@ -80,6 +80,17 @@ class Entry:
 
 Picture = Source | Entry
 Pictures = Iterable[Picture] | Picture | ImageSource  # many or one
+
+
+def each_picture(places: Iterable[ImageSource | str]) -> Iterator[Picture]:
+    """The pictures of `data.find_pictures`, one after the other; those of a list on stdin as they come."""
+    for place in places:
+        if isinstance(place, ImageSource):
+            yield from (Entry(place, index) for index in range(len(place)))
+        elif place == "-":
+            yield from names_on_stdin()
+        else:
+            yield place
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from cyclopts.types import PositiveInt
 from beit.atomic import CannotWrite, check_place, replacing
 from beit.data import ImageSource, SomeSkipped, TooManyBadImages, find_pictures
 from beit.embeddings import model_sha256
-from beit.engine import Engine, Entry, Picture, Precision, Prediction, Runtime
+from beit.engine import Engine, Entry, Picture, Precision, Prediction, Runtime, each_picture
 from beit.hub import resolve
 from beit.listing import expand, is_address
 from beit.names import json_line, printable
@@ -132,17 +132,6 @@ def classify(settings: Classify) -> None:
 
 
 # --- Pictures ------------------------------------------------------------------------------------
-
-
-def each_picture(places: list[ImageSource | str]) -> Iterator[Picture]:
-    """The pictures, one after the other, as they are asked for."""
-    for place in places:
-        if isinstance(place, ImageSource):
-            yield from (Entry(place, index) for index in range(len(place)))
-        elif place == "-":
-            yield from filter(None, (line.rstrip("\r\n") for line in sys.stdin))
-        else:
-            yield place
 
 
 def files_read(named: list[str], places: list[ImageSource | str]) -> Iterator[str]:

@@ -23,7 +23,7 @@ import numpy as np
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from beit.data import ImageSource, SomeSkipped, TooManyBadImages, find_pictures
+from beit.data import ImageSource, SomeSkipped, TooManyBadImages, find_pictures, names_on_stdin
 from beit.embeddings import (
     BAD_IMAGES,
     DTYPES,
@@ -162,12 +162,12 @@ def join(found: list[ImageSource | str]) -> list[ImageSource]:
             end_names()
             sources.append(place)
         elif place == "-":
-            names.extend(filter(None, (line.rstrip("\r\n") for line in sys.stdin)))
+            names.extend(names_on_stdin())
         else:
             names.append(place)
     end_names()
     if not sources:
-        raise ValueError("the list on stdin names no pictures")
+        raise ValueError("the list on stdin names no pictures; give it a path a line")
     return sources
 
 

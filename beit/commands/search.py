@@ -20,7 +20,7 @@ from beit import faiss_index
 from beit.atomic import CannotWrite, check_place, replacing
 from beit.data import ImageSource, SomeSkipped, find_pictures, open_source
 from beit.embeddings import Embeddings, EmbeddingsError, Manifest, model_sha256
-from beit.engine import Embedding, Engine, Entry, Picture
+from beit.engine import Embedding, Engine, Entry, Picture, each_picture
 from beit.hub import resolve
 from beit.image import BadImage, read_image
 from beit.names import json_line, printable
@@ -72,7 +72,7 @@ def search(settings: Search) -> list[Found]:
         faiss_index.require()
     folder = Embeddings(settings.folder)
     check(folder)
-    pictures = pictures_of(find_pictures(settings.images, "search"))
+    pictures = list(each_picture(find_pictures(settings.images, "search")))
     if not pictures:
         raise ValueError("the list on stdin names no pictures; give it a path a line")
     queries = embed(pictures, folder.manifest, settings)
@@ -113,19 +113,6 @@ def check(folder: Embeddings) -> None:
 
 
 # --- Answers -------------------------------------------------------------------------------------
-
-
-def pictures_of(found: list[ImageSource | str]) -> list[Picture]:
-    """What was named on the command line, picture by picture."""
-    pictures: list[Picture] = []
-    for place in found:
-        if isinstance(place, ImageSource):
-            pictures += [Entry(place, index) for index in range(len(place))]
-        elif place == "-":
-            pictures += list(filter(None, (line.rstrip("\r\n") for line in sys.stdin)))
-        else:
-            pictures.append(place)
-    return pictures
 
 
 def embed(pictures: list[Picture], held: Manifest, settings: Search) -> list[Embedding]:
