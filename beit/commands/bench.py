@@ -121,7 +121,7 @@ def cases_of(settings: Bench, folder: Path, is_file: bool) -> dict[str, dict[str
     for graph in [Path(settings.model)] * is_file + list(settings.graphs):
         about = open_graph(graph).about
         case = {"runtime": "file", "precision": about.precision, "model": str(graph)}
-        found[graph.name] = {**common, **case}
+        found[graph.name if graph.name not in found else str(graph)] = {**common, **case}
     return found
 
 

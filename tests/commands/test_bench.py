@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,17 @@ def test_each_case_has_a_row_for_each_batch_size(cli: Cli, finetuned: Done, tmp_
     file = tmp_path / "graph.pt2"
     model = load_model(finetuned.folder)
     export(model, file, "torch")
-    words = {"batch_sizes": 2, "repeats": 3, "rounds": 2, "graphs": file, "threads": 1}
+    (tmp_path / "other").mkdir()
+    other = shutil.copy(file, tmp_path / "other")
+    graphs = (file, other)
+    words = {"batch_sizes": 2, "repeats": 3, "rounds": 2, "graphs": graphs, "threads": 1}
     code, out, _ = cli("bench", finetuned.folder, **words, json=True)
     assert code == 0
     result = json.loads(out)
     assert [(r["name"], r["batch"]) for r in result["rows"]] == [
         ("beit torch fp32", 2),
         ("graph.pt2", 2),
+        (str(other), 2),
     ]
     for row in result["rows"]:
         assert row["batches"] == 6
