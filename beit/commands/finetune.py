@@ -7,6 +7,7 @@ frozen features is as good as anything; with more, fine-tuning has to beat it or
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -418,7 +419,7 @@ def fit(
             )
 
     if loader.bad_images.found:
-        distributed.say(f"{run.out}: {loader.bad_images}")
+        print(f"{run.out}: {loader.bad_images}", file=sys.stderr)
     result: dict[str, Any] = {"steps": total}
     last = kept()
     if watched is not None:
