@@ -170,7 +170,7 @@ def find_pictures(places: list[str], command: str) -> list[ImageSource | str]:
             found.append(place)
     files = [place for place in found if isinstance(place, str)]
     if files and len(files) == len(found) and not any(p == "-" or exists(p) for p in files):
-        more = f" Nor do {len(files) - 1} others exist." if len(files) > 1 else ""
+        more = f" Missing too: {counted(len(files) - 1, 'other')}." if len(files) > 1 else ""
         raise ValueError(f"{not_there(files[0])}{more}")
     return found
 
@@ -249,7 +249,7 @@ def _refuse_unfinished(place: str, shards: Sequence[str]) -> None:
         number = sum(json.loads(Path(manifest).read_text())["shards"].values())
         if len(shards) < number:
             raise ValueError(
-                f"{place} has {len(shards)} of {number} shards; run `beit shard` again to end it"
+                f"{place} has {len(shards)} of {counted(number, 'shard')}; run `beit shard` again to end it"
             )
 
 
@@ -351,12 +351,12 @@ class BadImages:
         if in_a_row:
             some = _some([f"{b.path} ({b.reason})" for b in bad], 3)
             raise TooManyBadImages(
-                f"{in_a_row} pictures in a row cannot be read: {some}. Is their place there? When it is, "
-                "the same command goes on"
+                f"{counted(in_a_row, 'picture')} in a row cannot be read: {some}. Is their place there? "
+                "When it is, the same command goes on"
             )
         if new and len(self.found) > allowed:
             raise TooManyBadImages(
-                f"{len(self.found):,} of {self.num_samples:,} pictures cannot be read, where "
+                f"{len(self.found):,} of {counted(self.num_samples, 'picture')} cannot be read, where "
                 f"{self.budget:.1%} ({allowed:,}) may: {self._examples(list(self.found.values()))}"
             )
 
@@ -402,7 +402,8 @@ class Loader:
         if world > 1 and len(source) < batch_size:
             below = len(source) // world * world
             raise ValueError(
-                f"{len(source)} pictures are fewer than a batch of {batch_size} over {world} processes; "
+                f"too few for a batch of {batch_size} over {world} processes: "
+                f"{counted(len(source), 'picture')}; "
                 + (f"use --batch-size {below} or less" if below else "use one process")
             )
         self.source, self.batch_size, self.seed, self.workers = source, batch_size, seed, workers

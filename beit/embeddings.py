@@ -35,6 +35,7 @@ import numpy as np
 from beit.atomic import CannotWrite, flush, is_alive, write_atomically
 from beit.cache import UNSETTLED_S, cache_folder
 from beit.hub import sha256_of
+from beit.plural import counted
 
 MANIFEST = "embeddings.json"
 BAD_IMAGES = "bad_images.csv"
@@ -248,7 +249,7 @@ class Embeddings:
         seals = self.seals()
         if len(seals) < self.manifest.shards:
             raise EmbeddingsError(
-                f"{self.folder} has {len(seals)} of {self.manifest.shards} shards; "
+                f"{self.folder} has {len(seals)} of {counted(self.manifest.shards, 'shard')}; "
                 "give the same `beit embed` again to end it"
             )
         return np.cumsum([seal.rows for _, seal in sorted(seals.items())], dtype=np.int64)

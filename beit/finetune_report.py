@@ -28,6 +28,7 @@ from beit.image import BadImage, ImageSpec
 from beit.label_review import review
 from beit.labelled import NOT_LOOKED_FOR, Labelled, Side
 from beit.model import BeitForImageClassification
+from beit.plural import counted
 from beit.report import Page
 from beit.run import Run
 from beit.validation import read_lines
@@ -51,7 +52,7 @@ def write_report(
     page = Page(name, f"A classifier of {len(data.classes)} classes, made by beit finetune.")
     count = 0 if answers is None else len(answers.truth)
     if answers is not None:
-        note = f"On {count} validation pictures; {FLATTERED}."
+        note = f"On {counted(count, 'validation picture')}; {FLATTERED}."
         how_good(page, answers, note, "The temperature was fitted to these pictures.")
     workers, seed = settings["workers"], settings["seed"]
     fresh = is_size(settings["model"])

@@ -85,8 +85,8 @@ class Labelled(NamedTuple):
             first = [next(n for n in leaks[0] if (n in val) == side) for side in (False, True)]
             one, other = (source.name(place) for source, place in map(self._picture, first))
             said.append(
-                f"{copies_in_val} validation pictures are among the training pictures too, which makes "
-                f"numbers too good: {other} is {one}"
+                f"{counted(copies_in_val, 'validation picture')} also among the training pictures, which "
+                f"makes numbers too good: {other} is {one}"
             )
         return said
 

@@ -34,6 +34,7 @@ import numpy as np
 
 from beit.cache import UNSETTLED_S, cache_folder
 from beit.image import IMAGE_EXTENSIONS, BadImage, check_file_size, open_file, patiently
+from beit.plural import counted
 from beit.workers import load_in_processes
 
 WORTH_KEEPING_S = 0.5  # an index that took longer to make is kept
@@ -162,7 +163,7 @@ class _Rows:
             if names is not None:
                 if int(classes[-1]) >= len(names):
                     raise ValueError(
-                        f"a label is {classes[-1]}, but only {len(names)} classes are named"
+                        f"a label is {classes[-1]}, beyond the last of {counted(len(names), 'named class')}"
                     )
                 found, classes = [names[int(name)] for name in found], list(names)
         else:
@@ -253,7 +254,9 @@ def expand(pattern: str) -> list[str]:
             found += glob.glob(name, recursive=True) if re.search(r"[*?[]", name) else [name]
     missing = [name for name in found if not exists(name)]
     if missing:
-        raise ValueError(f"{missing[0]} does not exist, nor do {len(missing) - 1} others of {pattern}")
+        raise ValueError(
+            f"{missing[0]} does not exist; missing of {pattern}: {counted(len(missing), 'file')}"
+        )
     return sorted(found)
 
 

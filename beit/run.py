@@ -34,6 +34,7 @@ from beit import distributed
 from beit.atomic import CannotWrite, flush, write_atomically
 from beit.folder_lock import hold
 from beit.optim import EMA
+from beit.plural import counted
 from beit.progress import Pace, Progress
 from beit.settings import RunError, check_same, describe_settings, is_in_use, to_toml
 from beit.snapshots import (
@@ -457,7 +458,7 @@ class Run:
         self.resume(training)
         training.rolled_back, training.in_a_row = times, 0
         training.jumped = jumped + passed_over
-        told = f", past the batches of {passed_over} steps" if passed_over else ""
+        told = f", past the batches of {counted(passed_over, 'step')}" if passed_over else ""
         distributed.say(f"{self.out.name}: {why} at step {failed_at}; going back to step {step}{told}")
 
     def _capture(self, training: Training, step: int, batch: Any, seed: int) -> None:

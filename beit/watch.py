@@ -29,6 +29,7 @@ from beit.data import ImageSource, has_split, open_source
 from beit.frozen import features_of
 from beit.metrics import effective_rank
 from beit.model import Beit
+from beit.plural import counted
 from beit.precision import Precision
 from beit.probe import fit_best_probe, fit_probe, knn_scores, stratified_fifth
 from beit.report import Page
@@ -164,7 +165,7 @@ class Watch:
                 "token was guessed. VQ-KD's tokens are drawn as the mean of the patches that took each; a "
                 "tokenizer that cannot draw leaves the middle out. Guessed pixels have each patch's true "
                 "mean and contrast, which are no part of what is guessed. "
-                f"All {len(sheets)} sheets are in {self.out.name}/pictures.",
+                f"In {self.out.name}/pictures: {counted(len(sheets), 'sheet')}.",
             )
         for i in spread(len(sheets), MOST_SHEETS):
             file = sheets[i]

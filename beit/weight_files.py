@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from beit.graphs import is_graph
+from beit.plural import counted
 from beit.unpickle import Inert, module_tensors, read_weights
 
 GRAPH = (
@@ -125,8 +126,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def check_same(path: Path, wanted: dict[str, torch.Size], tensors: dict[str, Tensor], what: str) -> None:
     """Hold tensors against the names and shapes that a `what` has."""
     missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
-    facts = [f"{len(missing)} tensors are missing ({some_names(missing)})"] if missing else []
-    facts += [f"{len(unknown)} are unknown ({some_names(unknown)})"] if unknown else []
+    facts = [f"missing: {counted(len(missing), 'tensor')} ({some_names(missing)})"] if missing else []
+    facts += [f"unknown: {len(unknown)} ({some_names(unknown)})"] if unknown else []
     facts += [
         f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}"
         for name, shape in wanted.items()

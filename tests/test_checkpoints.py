@@ -233,7 +233,7 @@ def test_a_masked_model_that_normalises_twice_is_refused(tmp_path: Path) -> None
     )  # fmt: skip
     transformers.BeitForMaskedImageModeling(their_config).save_pretrained(tmp_path)
     with pytest.raises(
-        CheckpointError, match=r"unknown \(beit\.layernorm\.bias, beit\.layernorm\.weight"
+        CheckpointError, match=r"unknown: 2 \(beit\.layernorm\.bias, beit\.layernorm\.weight"
     ):
         load(tmp_path)
 
@@ -346,8 +346,8 @@ def test_missing_extra_and_wrong_tensors_are_named(folder: Path) -> None:
     tensors["beit.embeddings.cls_token"] = torch.zeros(1, 1, 25)
     save_file(tensors, folder / "model.safetensors")
     refused(
-        folder, "looks like a BEiT classifier of 4 classes", "1 tensors are missing (head.bias",
-        "1 are unknown (beit.surprise", "cls_token is (1, 1, 25), not (1, 1, 24)",
+        folder, "looks like a BEiT classifier of 4 classes", "missing: 1 tensor (head.bias",
+        "unknown: 1 (beit.surprise", "cls_token is (1, 1, 25), not (1, 1, 24)",
     )  # fmt: skip
 
 
@@ -358,7 +358,7 @@ def test_a_missing_or_misshapen_query_is_named(folder: Path) -> None:
     tensors = tensors_of(folder)
     query = tensors.pop(QUERY)
     save_file(tensors, folder / "model.safetensors")
-    refused(folder, "missing (blocks.1.attn.qkv.weight")
+    refused(folder, "missing: 1 tensor (blocks.1.attn.qkv.weight")
     save_file({**tensors, QUERY: query[:, :20].contiguous()}, folder / "model.safetensors")
     refused(folder, "blocks.1.attn.qkv.weight")
 

@@ -956,7 +956,7 @@ MISTAKES: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
     ),
     "a missing tensor": (
         lambda t: {k: v for k, v in t.items() if k != "blocks.1.mlp.fc2.bias"},
-        ("looks like a BEiT classifier of 7 classes, 3 blocks of width 48", "1 tensors are missing",
+        ("looks like a BEiT classifier of 7 classes, 3 blocks of width 48", "missing: 1 tensor",
          "blocks.1.mlp.fc2.bias"),
     ),
     "a missing table": (
@@ -964,11 +964,11 @@ MISTAKES: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
         ("missing", f"blocks.1.attn.{TABLE}"),
     ),
     "two families in one": (
-        lambda t: {**t, f"rel_pos_bias.{TABLE}": torch.zeros(52, 4)}, ("1 are unknown", "rel_pos_bias")
+        lambda t: {**t, f"rel_pos_bias.{TABLE}": torch.zeros(52, 4)}, ("unknown: 1 ", "rel_pos_bias")
     ),
     "an unknown tensor": (
         lambda t: {**t, "blocks.0.adapter.weight": torch.zeros(4)},
-        ("1 are unknown (blocks.0.adapter.weight)",),
+        ("unknown: 1 (blocks.0.adapter.weight)",),
     ),
     "a wrong shape": (
         lambda t: {**t, "fc_norm.weight": torch.zeros(47)}, ("fc_norm.weight is (47,), not (48,)",)

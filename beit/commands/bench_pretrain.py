@@ -36,6 +36,7 @@ from beit.image import OpenImage
 from beit.masking import sample_mask
 from beit.model import BeitConfig, BeitForMaskedImageModeling, masked_of, variant
 from beit.optim import adamw, param_groups, update
+from beit.plural import counted
 from beit.precision import Precision, autocast, pick_device, resolve_precision
 from beit.ranges import NotNegative
 from beit.tokenizer import DalleConfig, DalleTokenizer, Tokenizer
@@ -271,8 +272,8 @@ def noise(folder: Path, count: int = 64) -> Path:
 def show(result: dict[str, Any]) -> None:
     """The table, for people."""
     table = Table(
-        title=f"{result['model']}, {result['batch_size']} pictures a step, {result['precision']} on "
-        f"{result['threads']} threads of {result['device']}"
+        title=f"{result['model']}, {counted(result['batch_size'], 'picture')} a step, "
+        f"{result['precision']} on {counted(result['threads'], 'thread')} of {result['device']}"
     )
     for head in ("part", "images/s", "ms an image", "MFU"):
         table.add_column(head, justify="left" if head == "part" else "right")

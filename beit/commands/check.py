@@ -19,6 +19,7 @@ from beit.atomic import check_place, replacing
 from beit.data import Bad, ImageSource, SomeSkipped, TooManyBadImages, has_split, open_source
 from beit.image import BadImage, open_image
 from beit.names import printable
+from beit.plural import counted
 from beit.progress import Progress
 from beit.ranges import Share
 from beit.workers import load_in_processes, now_doing
@@ -86,7 +87,7 @@ def check(settings: Check) -> dict[str, Any]:
     number = sum(len(found.bad) for found in read.values())
     total = sum(map(len, sources.values()))
     if number:
-        told = f"{number:,} of {total:,} pictures cannot be read"
+        told = f"{number:,} of {counted(total, 'picture')} cannot be read"
         if number > math.ceil(settings.max_bad_images * total):
             raise TooManyBadImages(f"{told}; a run stops at {settings.max_bad_images:.1%}")
         raise SomeSkipped(f"{told}; a run replaces each by another")
@@ -171,13 +172,14 @@ def show(result: dict[str, Any], splits: list[str], problems: list[tuple[str, st
         about = result[split]
         smallest, median, largest = about["short_side"]
         classes = (
-            f"{about['classes']} classes of {about['smallest_class']:,} to {about['largest_class']:,}"
+            f"{counted(about['classes'], 'class')} of {about['smallest_class']:,} to "
+            f"{about['largest_class']:,}"
             if about["classes"]
             else "no labels"
         )
         print(
-            f"{split}: {about['pictures']:,} pictures, {classes}, short side {smallest} to {largest} "
-            f"pixels (median {median}), {about['bad']:,} bad"
+            f"{split}: {counted(about['pictures'], 'picture')}, {classes}, short side {smallest} to "
+            f"{largest} pixels (median {median}), {about['bad']:,} bad"
         )
         if about["classes"] == 1:
             print(f"{split} has one class; to fine-tune takes two or more, each in a folder of its name")
@@ -189,7 +191,9 @@ def show(result: dict[str, Any], splits: list[str], problems: list[tuple[str, st
             names = printable(", ".join(result[key][:SHOWN]))
             print(f"{told}: {names}{_more(len(result[key]))}")
     across = result["duplicates_across_splits"]
-    print(f"{result['duplicates']:,} duplicates, {across:,} of them of a picture in another split")
+    print(
+        f"{counted(result['duplicates'], 'duplicate')}, {across:,} of them of a picture in another split"
+    )
     for kind in ("bad", "duplicate"):
         of_kind = [problem for problem in problems if problem[2] == kind]
         for split, path, _, detail in of_kind[:SHOWN]:

@@ -27,6 +27,7 @@ from beit.engine import Engine, Entry, Picture, Precision, Prediction, Runtime, 
 from beit.hub import resolve
 from beit.listing import expand, is_address
 from beit.names import json_line, printable
+from beit.plural import counted
 from beit.progress import Progress
 from beit.ranges import Share
 
@@ -113,7 +114,7 @@ def classify(settings: Classify) -> None:
             kept = f"the answers so far are in {so_far(out)}"
             raise KeyboardInterrupt(f"{kept}, give the same command to go on") from None
         so_far(out).unlink()
-        print(f"{done} pictures classified into {out}", file=sys.stderr)
+        print(f"{counted(done, 'picture')} classified into {out}", file=sys.stderr)
     elif settings.json:
         answers = engine.classify(pictures, settings.top)
         done, failed = write_all(answers, lambda answer: print_json(answer, sys.stdout))
@@ -122,9 +123,10 @@ def classify(settings: Classify) -> None:
     else:
         answers = engine.classify(pictures, settings.top)
         done, failed = write_all(answers, lambda answer: print_words(answer, sys.stdout))
-    told, allowed = f"{failed} of {done} pictures could not be read", int(settings.max_bad_images * done)
+    told = f"{failed:,} of {counted(done, 'picture')} could not be read"
+    allowed = int(settings.max_bad_images * done)
     if failed > allowed:
-        raise TooManyBadImages(f"{told}, where {allowed} may; mend them, or raise --max-bad-images")
+        raise TooManyBadImages(f"{told}, where {allowed:,} may; mend them, or raise --max-bad-images")
     if failed and failed == done:
         raise TooManyBadImages(f"{told}, which is all; what is wrong with each stands beside its name")
     if failed:
@@ -172,7 +174,7 @@ def kept_answers(
     }  # fmt: skip
     kept = rows_kept(out, about)
     if kept:
-        print(f"going on after {kept} answers in {so_far(out)}", file=sys.stderr)
+        print(f"going on after {counted(kept, 'answer')} in {so_far(out)}", file=sys.stderr)
     with so_far(out).open("r+", **ENCODING) as stream:
         stream.readline()
         for _ in range(kept):

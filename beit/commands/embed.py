@@ -276,7 +276,7 @@ def write_missing(
                 if wrong and bad > allowed:
                     some = ", ".join(f"{b.path} ({b.reason})" for b in wrong[:3])
                     raise TooManyBadImages(
-                        f"{bad:,} of {held.pictures:,} pictures cannot be read, where "
+                        f"{bad:,} of {counted(held.pictures, 'picture')} cannot be read, where "
                         f"{settings.max_bad_images:.1%} ({allowed:,}) may: {some}. Mend them, leave them "
                         "out, or raise --max-bad-images; what is sealed is kept"
                     )
@@ -385,8 +385,6 @@ def finish(settings: Embed, part: int, parts: int) -> int:
     print(f"{settings.out}: {told}", file=sys.stderr)
     # torchrun ends all processes when one ends with a code, so there only the last ones tell.
     if bad and (whole or "TORCHELASTIC_RUN_ID" not in os.environ):
-        total = folder.manifest.pictures
-        raise SomeSkipped(
-            f"{bad:,} of {total:,} pictures could not be read; see {settings.out / BAD_IMAGES}"
-        )
+        total = counted(folder.manifest.pictures, "picture")
+        raise SomeSkipped(f"{bad:,} of {total} could not be read; see {settings.out / BAD_IMAGES}")
     return rows

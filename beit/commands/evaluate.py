@@ -47,6 +47,7 @@ from beit.metrics import (
 )
 from beit.model import Beit
 from beit.names import printable
+from beit.plural import counted
 from beit.precision import Precision
 from beit.probe import review_labels, review_several
 from beit.ranges import Share
@@ -109,7 +110,7 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     logits, bad = engine.readable_logits_of(side.source)
     for one in bad:
         print(printable(f"{one.path}: {one.reason}"), file=sys.stderr)
-    told = f"{len(bad)} of {len(side.source)} pictures could not be read"
+    told = f"{len(bad):,} of {counted(len(side.source), 'picture')} could not be read"
     if not len(logits):
         raise TooManyBadImages(told)
     allowed = math.ceil(settings.max_bad_images * len(side.source))
@@ -180,7 +181,9 @@ def trained_on(engine: Engine, settings: Evaluate, source: ImageSource) -> tuple
             apart = f"; others: {again}"
     if not count:
         return 0, ""
-    told = f"{count} of {len(source)} pictures are those that {settings.model} was trained on"
+    told = (
+        f"{count:,} of {counted(len(source), 'picture')} are those that {settings.model} was trained on"
+    )
     return count, f"{told}, which makes the numbers too good{apart}"
 
 
@@ -417,8 +420,8 @@ def show_several(result: dict[str, Any], settings: Evaluate, answers: Answers) -
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"mean average precision {result['mean_average_precision']:.2%} on {result['pictures']} pictures, "
-        f"of {len(result['per_class'])} classes"
+        f"mean average precision {result['mean_average_precision']:.2%} on "
+        f"{counted(result['pictures'], 'picture')}, of {counted(len(result['per_class']), 'class')}"
     )
     console.print(
         f"calibration error {result['ece']:.2%} in 15 bins; {result['binary_cross_entropy']:.3f} nats an "
@@ -455,7 +458,7 @@ def show(
     for name in ("top1", "top5"):
         low, high = result[f"{name}_interval"]
         console.print(
-            f"top-{name[3]} {result[name]:.2%} of {result['pictures']} pictures; "
+            f"top-{name[3]} {result[name]:.2%} of {counted(result['pictures'], 'picture')}; "
             f"95 % interval {low:.2%} to {high:.2%}"
         )
     if "top1_among_all" in result:

@@ -38,6 +38,7 @@ from beit.labelled import Labelled, Side, open_labelled
 from beit.metrics import fit_temperature
 from beit.model import Beit, BeitForImageClassification, variant
 from beit.optim import EMA, adamw, cosine_schedule, param_groups, set_learning_rate, update
+from beit.plural import counted
 from beit.precision import Precision, autocast, resolve_precision
 from beit.ranges import AboveZero, BelowOne, CropScale, Magnitude, NotNegative, Share
 from beit.run import Run, check_folder, surroundings
@@ -247,8 +248,8 @@ def choose(settings: Finetune, data: Labelled, depth: int | None) -> Finetune:
         distributed.say(remark)
     if new:
         told = ", ".join(f"{name} {value}" for name, value in new.items())
-        count, classes = len(data.train.source), len(data.classes)
-        distributed.say(f"chosen for {count:,} pictures of {classes} classes: {told}")
+        pictures = counted(len(data.train.source), "picture")
+        distributed.say(f"chosen for {pictures} of {len(data.classes)} classes: {told}")
     if new.get("class_weights"):
         distributed.say(
             f"classes have {data.counts.min()} to {data.counts.max()} pictures: rare ones count more in "
@@ -441,8 +442,8 @@ def length_of(settings: Finetune, pictures: int) -> tuple[int, int]:
     warmup = round(settings.warmup_epochs * steps_per_epoch)
     if warmup >= total:
         raise ValueError(
-            f"warmup_epochs {settings.warmup_epochs:g} is {warmup:,} steps, and the run has {total:,}; "
-            "give fewer than the run's epochs, or none: then it is a fifth of the run at most"
+            f"warmup_epochs {settings.warmup_epochs:g} is {counted(warmup, 'step')}, and the run has "
+            f"{total:,}; give fewer than the run's epochs, or none: then it is a fifth of the run at most"
         )
     return total, warmup
 
@@ -469,7 +470,7 @@ def in_words(result: dict[str, Any], data: Labelled) -> str:
     """The result in a line."""
     assert data.val is not None
     what = "mean average precision on" if data.several else "of"
-    text = f"{result['val_accuracy']:.1%} {what} {len(data.val.source)} validation pictures"
+    text = f"{result['val_accuracy']:.1%} {what} {counted(len(data.val.source), 'validation picture')}"
     text += "" if data.several else " right"
     if "best_step" in result and result.get("method") != "linear head on frozen features":
         text += f"; the best of the epochs, step {result['best_step']} of {result['steps']}"

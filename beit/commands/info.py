@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
@@ -20,6 +21,7 @@ from beit.graph_cache import known_choice
 from beit.graphs import RUNTIME_OF, is_graph, open_graph
 from beit.hub import is_size, resolve, sha256_of
 from beit.model import VARIANTS, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
+from beit.plural import counted
 from beit.tokenizer_files import is_tokenizer, load_tokenizer
 
 
@@ -107,8 +109,8 @@ def describe_encoder(path: Path, settings: Info) -> dict[str, Any]:
     if found.id2label:
         facts["classes"] = _classes([found.id2label[i] for i in range(len(found.id2label))])
     if found.ignored:
-        reasons = dict.fromkeys(found.ignored.values())
-        facts["ignored"] = [f"{list(found.ignored.values()).count(r)} entries: {r}" for r in reasons]
+        reasons = Counter(found.ignored.values())
+        facts["ignored"] = [f"{counted(often, 'item')}: {reason}" for reason, often in reasons.items()]
     if found.assumed:
         facts["assumed"] = found.assumed
     if found.provenance:

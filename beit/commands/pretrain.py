@@ -33,6 +33,7 @@ from beit.masking import sample_mask, sample_random_mask
 from beit.metrics import codebook_use
 from beit.model import BeitForMaskedImageModeling, masked_of, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
+from beit.plural import counted
 from beit.precision import Precision, autocast, resolve_precision
 from beit.ranges import AboveZero, BelowOne, CropScale, NotNegative, Numbers, Share
 from beit.run import Run, Stopped, check_folder, surroundings, weights_hash
@@ -226,7 +227,9 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     total = settings.steps or settings.epochs * steps_per_epoch
     warmup = settings.warmup_steps or round(settings.warmup_epochs * steps_per_epoch)
     if warmup > total // 2:
-        distributed.say(f"warm-up: {total // 2:,} steps, half of this run, instead of {warmup:,}")
+        distributed.say(
+            f"warm-up: {counted(total // 2, 'step')}, half of this run, instead of {warmup:,}"
+        )
         warmup = total // 2
     batch_size = min(settings.batch_size, len(source))
     peak, peak_from = peak_flops(device, settings.precision, settings.peak_tflops)
@@ -242,7 +245,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         surroundings(device, precision),
     )  # fmt: skip
     distributed.say(
-        f"{run.out}: {len(source):,} pictures, {total:,} steps of {batch_size}, "
+        f"{run.out}: {counted(len(source), 'picture')}, {counted(total, 'step')} of {batch_size}, "
         f"{total * batch_size / len(source):.1f} epochs; {num_masked} of {height} x {width} patches "
         f"hidden, {'at random' if settings.masks == 'random' else f'in blocks of {min_block} or more'}, "
         f"{'pixels' if pixels else f'{tokenizer.vocab_size} tokens'}; "
@@ -346,7 +349,9 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     if pixels:
         guessed = "1 or less is guessing each patch's mean"
     loss_then = f"loss {last.get('loss', math.nan):.3f}"  # of the last step, which may be one left out
-    distributed.say(f"{run.out}: {total} steps, {loss_then}, {guessed}; see {run.out / 'report.html'}")
+    distributed.say(
+        f"{run.out}: {counted(total, 'step')}, {loss_then}, {guessed}; see {run.out / 'report.html'}"
+    )
     return last
 
 

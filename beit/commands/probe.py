@@ -31,6 +31,7 @@ from beit.image import BadImage, preprocess
 from beit.metrics import bootstrap_interval
 from beit.model import Beit
 from beit.names import printable
+from beit.plural import counted
 from beit.precision import Precision, pick_device
 from beit.probe import (
     LEARNING_RATES,
@@ -119,7 +120,9 @@ def probe(settings: Probe) -> dict[str, Any]:
                 if kind in SCORES:
                     row[kind] = SCORES[kind](*labelled(layer, pooling), held_out, classes)
             rows.append(row)
-    said(f"{len(rows)} layers and poolings probed in {time.monotonic() - started:.1f} s")
+    said(
+        f"{counted(len(rows), 'pair')} of layer and pooling probed in {time.monotonic() - started:.1f} s"
+    )
     paper = default_layer(model.config.depth)
     best = rows[0]
     if kinds[0] in SCORES:
@@ -152,7 +155,7 @@ def probe(settings: Probe) -> dict[str, Any]:
         write_atomically(settings.out, json.dumps(document, default=str, indent=1).encode() + b"\n")
     if result["bad_images"]:
         raise SomeSkipped(
-            f"{result['bad_images']} of {listed} pictures could not be read; they are left out"
+            f"{result['bad_images']:,} of {counted(listed, 'picture')} could not be read; they are left out"
         )
     return result
 
@@ -242,10 +245,12 @@ def features_of(
     features = extract_features(model, batches, layers, "both", settings.precision, len(source))
     kept = [i for i in range(len(source)) if source.name(i) in hashes]
     if not kept:
-        raise TooManyBadImages(f"none of {len(source)} pictures of {settings.data} can be read")
+        raise TooManyBadImages(
+            f"none of {counted(len(source), 'picture')} of {settings.data} can be read"
+        )
     if len(kept) < len(source):
         source, features = take(source, kept), {layer: x[kept] for layer, x in features.items()}
-    said(f"{name}: features of {len(source)} pictures in {time.monotonic() - started:.1f} s")
+    said(f"{name}: features of {counted(len(source), 'picture')} in {time.monotonic() - started:.1f} s")
     return source, features
 
 
@@ -346,7 +351,9 @@ def in_both(train: ImageSource, test: ImageSource, hashes: dict[str, bytes]) -> 
     groups = [g for g in duplicates(hashes[n] for n in names) if g[0] < len(train) <= g[-1]]
     if groups:
         a, b = names[groups[0][0]], names[groups[0][-1]]
-        said(f"{len(groups)} pictures are in both splits, which makes numbers too good: {a} is {b}")
+        said(
+            f"{counted(len(groups), 'picture')} in both splits, which makes numbers too good: {a} is {b}"
+        )
     return [[names[place] for place in group] for group in groups]
 
 
@@ -372,7 +379,7 @@ def show(result: dict[str, Any], settings: Probe, depth: int, paper: int, count:
     console = Console(highlight=False)
     scored = [kind for kind in SCORES if kind in result["rows"][0]]
     if scored:
-        table = Table(title=f"right of {count} pictures (95 %)", title_justify="left")
+        table = Table(title=f"right of {counted(count, 'picture')} (95 %)", title_justify="left")
         table.add_column("layer", justify="right")
         table.add_column("pooling")
         for kind in scored:
@@ -396,5 +403,5 @@ def show(result: dict[str, Any], settings: Probe, depth: int, paper: int, count:
     beside = ""
     if "untrained_accuracy" in result:
         beside = f"; the same network untrained {result['untrained_accuracy']:.1%}"
-    right = f"{result['accuracy']:.1%} of {count} pictures right"
+    right = f"{result['accuracy']:.1%} of {counted(count, 'picture')} right"
     console.print(f"{name} probe {where}: {right}{beside}", soft_wrap=True)

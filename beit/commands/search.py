@@ -24,6 +24,7 @@ from beit.engine import Embedding, Engine, Entry, Picture, each_picture
 from beit.hub import resolve
 from beit.image import BadImage, read_image
 from beit.names import json_line, printable
+from beit.plural import counted
 
 SHEETS = (".jpg", ".jpeg", ".png", ".html")
 SIDE = 160  # pixels of a picture on a sheet
@@ -91,11 +92,12 @@ def search(settings: Search) -> list[Found]:
     if sheet is not None:
         draw = write_html if sheet.suffix.lower() == ".html" else write_picture
         draw(sheet, found, pictures)
-        print(f"{sheet}: {len(found)} rows, the picture looked for first", file=sys.stderr)
+        print(f"{sheet}: {counted(len(found), 'row')}, the picture looked for first", file=sys.stderr)
     bad = [one for one in found if one.error is not None]
     if bad:
         raise SomeSkipped(
-            f"{len(bad)} of {len(found)} pictures could not be read: {bad[0].path} ({bad[0].error})"
+            f"{len(bad):,} of {counted(len(found), 'picture')} could not be read: {bad[0].path} "
+            f"({bad[0].error})"
             f"{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}"
         )
     return found

@@ -25,6 +25,7 @@ from cyclopts.types import PositiveInt
 
 from beit.engine import Embedding, Engine, Precision, Prediction, Runtime
 from beit.graphs import EmbedPooling, GraphError
+from beit.plural import counted
 
 try:
     import uvicorn
@@ -182,7 +183,7 @@ def make_app(engine: Engine, settings: Serve, key: str = "") -> FastAPI:
     async def answer(request: Request, ask: Callable[[bytes], Prediction | Embedding]) -> dict[str, Any]:
         nonlocal waiting
         if waiting >= settings.max_waiting:
-            raise Refused(429, f"{waiting} requests are waiting; come again in a second")
+            raise Refused(429, f"{counted(waiting, 'request')} waiting; come again in a second")
         waiting += 1
         try:
             body = await asyncio.wait_for(picture(request), BODY_SECONDS)

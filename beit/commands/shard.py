@@ -33,6 +33,7 @@ from PIL import Image
 from beit.atomic import CURE, CannotWrite, flush, naming, write_atomically
 from beit.data import MANIFEST, Bad, BadImages, ImageSource, SomeSkipped, has_split, open_source
 from beit.image import BadImage, open_image
+from beit.plural import counted
 from beit.progress import Progress
 from beit.ranges import Share
 from beit.workers import load_in_processes, now_doing
@@ -102,11 +103,14 @@ def shard(settings: Shard) -> dict[str, int]:
             beside(file).unlink(missing_ok=True)
     flush(settings.out)
     print(
-        f"{settings.out}: {total - len(bad_images):,} pictures in {sum(number.values())} shards",
+        f"{settings.out}: {counted(total - len(bad_images), 'picture')} in "
+        f"{counted(sum(number.values()), 'shard')}",
         file=sys.stderr,
     )
     if bad_images.found:
-        raise SomeSkipped(f"{len(bad_images)} of {total:,} pictures are left out; see {bad_images.file}")
+        raise SomeSkipped(
+            f"{len(bad_images):,} of {counted(total, 'picture')} left out; see {bad_images.file}"
+        )
     return number
 
 

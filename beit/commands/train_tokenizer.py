@@ -29,6 +29,7 @@ from beit.image import BadImage, ImageSpec, resize_and_crop
 from beit.metrics import CodebookUse, codebook_use, psnr
 from beit.model import Beit, BeitForMaskedImageModeling, check_size, variant
 from beit.optim import adamw, cosine_schedule, param_groups, update
+from beit.plural import counted
 from beit.precision import Precision, autocast, resolve_precision
 from beit.progress import Progress
 from beit.ranges import CropScale, NotNegative, Share
@@ -293,7 +294,7 @@ def write_page(out: Path, result: dict[str, float], sheet: Image.Image, pictures
     )
     page.section(
         "Is it working?",
-        f"What came over {pictures:,} pictures after step {result['steps']:,}, and what is usual.",
+        f"What came over {counted(pictures, 'picture')} after step {result['steps']:,}, and what is usual.",
     )
     quality, usual = next(
         (f"{result[key]:.3g} {key.replace('_', ' ')}", text)

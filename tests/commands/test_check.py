@@ -75,7 +75,7 @@ def test_what_is_wrong_is_also_told_in_words(cli: Cli, data: Path) -> None:
     assert code == 3
     assert f"bad in train: {data / 'train/disc/01.png'} (no such file)" in out
     assert f"duplicate in val: {data / 'val/disc/leak.png'} ({data / 'train/disc/00.png'})" in out
-    assert "1 duplicates, 1 of them of a picture in another split" in out
+    assert "1 duplicate, 1 of them of a picture in another split" in out
 
 
 def test_a_name_gives_no_orders_to_a_terminal(cli: Cli, data: Path) -> None:

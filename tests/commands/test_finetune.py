@@ -777,7 +777,7 @@ def test_copies_in_both_parts_are_said(shapes: Path, tmp_path: Path) -> None:
     shutil.copy(one, other)
     again = shutil.copy(one, one.with_name("00-again.png"))  # of two on one side the first is told
     done = run(tmp_path / "run", "finetune", tmp_path / "data", **MINI, no_report=True)
-    told = "1 validation pictures are among the training pictures too, which makes numbers too good: "
+    told = "1 validation picture also among the training pictures, which makes numbers too good: "
     assert f"{told}{other} is {again}" in done.said
 
 

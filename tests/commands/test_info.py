@@ -33,7 +33,7 @@ def test_a_file_is_described_in_words(cli: Cli) -> None:
         "forward 0.00328 GFLOP a picture",
         f"parameters {count:,}",
         "dtype float32",
-        "ignored 3 entries: computed from the grid, never read",
+        "ignored 3 items: computed from the grid, never read",
         "assumed layer_norm_eps 1e-06",
         f"sha256 {hashlib.sha256(FILE.read_bytes()).hexdigest()}",
     ):

@@ -201,7 +201,7 @@ def test_pictures_that_are_in_both_splits_are_all_named(
         [str(data / "train/square/05.png"), str(data / "val/disc/also.bmp")],
     ]
     _, _, err = cli("probe", data, model=pretrained.folder)
-    assert "2 pictures are in both splits" in err
+    assert "2 pictures in both splits" in err
     assert result(cli, shapes, pretrained.folder)["duplicates"] == []
 
 

@@ -166,7 +166,7 @@ def test_a_query_that_cannot_be_read_ends_with_3_and_the_others_are_answered(
     assert good["neighbours"][0]["path"] == str(query)
     code, _, err = cli("search", vectors, tmp_path / "bad.png", json=True)  # alone, too
     assert code == 3
-    assert f"1 of 1 pictures could not be read: {tmp_path / 'bad.png'} (not a readable picture" in err
+    assert f"1 of 1 picture could not be read: {tmp_path / 'bad.png'} (not a readable picture" in err
 
 
 def test_a_list_on_stdin_that_names_nothing_is_said(
