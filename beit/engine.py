@@ -538,7 +538,7 @@ class Engine:
         for name in others:
             if name == "onnx" and wanted == "bf16":
                 continue  # it has no bf16 here, and fp32 cannot win
-            self.runtime, self.precision = name, wanted
+            self.runtime, self.precision, self._graphs = name, wanted, {}  # each its own graph
             try:
                 graph = self._graph(output)
             except (GraphError, RuntimeError, OSError) as error:

@@ -25,7 +25,7 @@ from beit.data import open_source
 from beit.engine import Engine, Prediction, agree
 from beit.export import export
 from beit.graph_cache import known_choice
-from beit.graphs import EmbedPooling, GraphError, Output
+from beit.graphs import EmbedPooling, Graph, GraphError, Output, open_graph
 from beit.image import IMAGENET_MEAN, IMAGENET_STD, BadImage, ImageSpec, preprocess, read_image
 from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 from beit.torch_model import TorchModel
@@ -585,6 +585,25 @@ def test_auto_leaves_out_what_does_not_agree(folder: Path, monkeypatch: pytest.M
     engine = Engine(folder, precision="fp32", threads=1)
     assert engine.runtime == "torch"
     assert "openvino left out: does not agree with torch (cosine 1.0" in engine.why
+
+
+def test_auto_times_each_runtime_by_a_graph_of_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import beit.torch_model
+
+    def all_but_onnx(file: Path, *rest: Any) -> Graph:
+        if file.suffix == ".onnx":
+            raise GraphError("not today")
+        return open_graph(file, *rest)
+
+    monkeypatch.setattr(beit.torch_model, "SMALL_FLOPS", 0)
+    monkeypatch.setattr(beit.engine, "open_graph", all_but_onnx)
+    monkeypatch.setattr(beit.engine, "kept_choice", lambda *_: None)
+    monkeypatch.setattr(beit.engine, "keep_choice", lambda *_: None)
+    why = Engine(folder, precision="fp32").why
+    assert "; onnx left out: not today" in why
+    assert "openvino" in why.split(";")[0]
 
 
 def test_another_best_class_does_not_agree_but_a_tie_does() -> None:
