@@ -185,6 +185,7 @@ class Engine:
         self._model: Beit | None = None
         self._about: About | None = None
         self._path: Path | None = None
+        self._is_file = False  # a graph file, which has no weights to make another graph of
         self._key = ""
         if isinstance(model, (str, Path)) and is_graph(model):
             self._open_file(Path(model), runtime, precision)
@@ -208,7 +209,7 @@ class Engine:
     def _open_file(self, file: Path, runtime: Runtime, precision: Precision) -> None:
         if runtime not in ("auto", RUNTIME_OF[file.suffix]):
             raise ValueError(f"{file} is for {RUNTIME_OF[file.suffix]}, not {runtime}")
-        self.runtime = RUNTIME_OF[file.suffix]
+        self.runtime, self._is_file = RUNTIME_OF[file.suffix], True
         rest = "bf16" if self.runtime == "openvino" and multiplies_bf16() else "fp32"
         rest = precision if precision in ("fp32", "bf16") else rest
         graph = open_graph(file, rest, self.threads)
@@ -287,7 +288,7 @@ class Engine:
     @property
     def model(self) -> Beit:
         """The model in torch; of a graph file its shapes, classes and preparation alone."""
-        if self._model is None and self._path is None:
+        if self._model is None and self._is_file:
             import torch
 
             from beit.model import BeitConfig, BeitForImageClassification
@@ -489,7 +490,7 @@ class Engine:
         """The graph of an output: open, kept on the disk, or made now."""
         if output in self._graphs:
             return self._graphs[output]
-        if self._path is None and self._model is None:
+        if self._is_file:
             held = next(iter(self._graphs))
             raise GraphError(
                 f"{self.name} holds {held.in_words()}, not {output.in_words()}; "

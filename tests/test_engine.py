@@ -636,6 +636,7 @@ def test_a_graph_file_is_a_model_for_what_it_holds_alone(
     assert (engine.runtime, engine.precision) == ("torch", "fp32")
     (ours,), (theirs,) = (e.embed(files[0], "cls", 1) for e in (engine, exact(model)))
     np.testing.assert_allclose(ours.vector, theirs.vector, atol=1e-5)
+    assert engine.model.config == model.config  # its shapes, which are no weights
     with pytest.raises(GraphError, match=r"holds features \(cls, layer 1\), not .*--pooling mean"):
         next(engine.embed(files[0]))
     with pytest.raises(CheckpointError, match="has no classifier"):
