@@ -631,7 +631,7 @@ def _open_parquet(file: str) -> tuple[Any, str, str | None, list[str] | None]:
 def _row_group(file: str, group: int) -> Any:
     parquet, image, _, _ = _open_parquet(file)
     column = parquet.read_row_group(group, columns=[image], use_threads=False).column(0).combine_chunks()
-    return column.field("bytes") if "." in image else column
+    return column.field("bytes") if column.type.num_fields else column
 
 
 @patiently

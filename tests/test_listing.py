@@ -266,6 +266,14 @@ def test_parquet_may_be_read_in_any_order_by_several_threads(tmp_path: Path) -> 
         assert list(pool.map(lambda i: int(source.read(i)[0, 0, 0]), order)) == order.tolist()
 
 
+def test_a_column_of_bytes_may_have_a_dot_in_its_name(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.table({"image.bytes": [png(5), png(6)]}), tmp_path / "a.parquet"
+    )
+    assert shown(open_source(tmp_path / "a.parquet")) == [5, 6]
+
+
 def test_a_row_without_bytes_is_a_bad_picture(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [1, None], None)
     with pytest.raises(BadImage, match="row 1: a row without bytes"):
