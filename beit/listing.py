@@ -558,8 +558,8 @@ def _label(extension: str, content: bytes) -> str | None:
     if extension == "json":
         with suppress(json.JSONDecodeError):
             about = json.loads(text)
-            found = [about.get(key) for key in ("class_name", "label", "class", "cls")]
-            return next((str(v) for v in found if isinstance(v, (str, int))), None)
+            keys = ("class_name", "label", "class", "cls") if isinstance(about, dict) else ()
+            return next((str(about[k]) for k in keys if isinstance(about.get(k), (str, int))), None)
         return None
     if extension == "txt" and (len(text) > 100 or "\n" in text):
         return None  # a caption

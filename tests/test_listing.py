@@ -90,6 +90,7 @@ def test_a_label_beyond_the_named_classes_is_refused(tmp_path: Path) -> None:
         ({"a.json": '{"label": 3, "width": 4}'}, "3"),
         ({"a.json": '{"class_name": "cat", "label": 3}'}, "cat"),
         ({"a.json": '{"width": 4}', "a.txt": "cat"}, "cat"),
+        ({"a.json": '[{"label": 3}]', "a.txt": "cat"}, "cat"),
         ({"a.txt": "tabby cat\n"}, "tabby cat"),
         ({"a.cls": "1", "a.json": '{"label": 3}', "a.txt": "cat"}, "1"),
         ({"a.txt": "cat", "a.json": '{"label": 3}', "a.cls": "1"}, "1"),
