@@ -285,7 +285,7 @@ def _kept(what: str, make: Callable[[], tuple[Listing, list[str]]]) -> Listing:
     """
     key = hashlib.sha256(os.fsencode(f"{what}\n{os.getcwd()}"))  # paths are kept as they were given
     folder = cache_folder("index") / key.hexdigest()[:32]
-    with suppress(OSError, ValueError, KeyError):  # none there, or not whole: make it
+    with suppress(OSError, ValueError, KeyError, EOFError):  # none there, or not whole: make it
         about = json.loads((folder / "about.json").read_text())
         if all(_stamp(place) == stamp for place, stamp in about["watched"]):
             return _load(folder, about)

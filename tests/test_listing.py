@@ -501,12 +501,14 @@ def test_what_has_only_just_changed_is_not_kept(tmp_path: Path, cache: Path) -> 
 
 
 @pytest.mark.usefixtures("keep_all")
-def test_a_broken_index_is_made_anew(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("name", ["*.*", "*.npy"])
+@pytest.mark.parametrize("size", [20, 0])
+def test_a_broken_index_is_made_anew(tmp_path: Path, cache: Path, name: str, size: int) -> None:
     place = layouts(tmp_path / "data")["tar"]
     open_source(place)
-    for file in cache.rglob("*.*"):
+    for file in cache.rglob(name):
         if file.is_file():
-            file.write_bytes(file.read_bytes()[:20])
+            file.write_bytes(file.read_bytes()[:size])
     assert shown(open_source(place)) == [1, 2, 3]
     assert shown(open_source(place)) == [1, 2, 3]
 
