@@ -446,42 +446,52 @@ def list_csv(file: str, labelled: bool, split: str = "") -> Listing:
         )
 
     def make() -> tuple[Listing, list[str]]:
-        rows = _Rows()
-        # Spreadsheets begin theirs with a byte order mark.
-        with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
-            columns = next(reader, [])
-            if "path" not in columns:
-                raise ValueError(f"{file} needs a first line that names its columns: path,label")
-            path = columns.index("path")
-            label = columns.index("label") if "label" in columns else None
-            part = columns.index("part") if parts else None
-            for row in reader:
-                if not row or (part is not None and row[part : part + 1] != [split]):
-                    continue
-                for name, column in (("path", path), ("label", label if labelled else None)):
-                    if column is not None and not "".join(row[column : column + 1]):
-                        raise ValueError(f"line {reader.line_num} of {file} has no {name}")
-                text = "".join(row[label : label + 1]) if label is not None else ""
-                rows.add(row[path], text or None)
+        rows, lines = _Rows(), _csv_rows(file)
+        _, columns = next(lines, (0, []))
+        if "path" not in columns:
+            raise ValueError(f"{file} needs a first line that names its columns: path,label")
+        path = columns.index("path")
+        label = columns.index("label") if "label" in columns else None
+        part = columns.index("part") if parts else None
+        for number, row in lines:
+            if not row or (part is not None and row[part : part + 1] != [split]):
+                continue
+            for name, column in (("path", path), ("label", label if labelled else None)):
+                if column is not None and not "".join(row[column : column + 1]):
+                    raise ValueError(f"line {number} of {file} has no {name}")
+            text = "".join(row[label : label + 1]) if label is not None else ""
+            rows.add(row[path], text or None)
         return rows.listing([os.path.dirname(file)]), [file]
 
-    try:
-        return _kept(f"csv {labelled} {split if parts else ''} {file}", make)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}); save it as such") from None
+    return _kept(f"csv {labelled} {split if parts else ''} {file}", make)
 
 
 def parts_of_csv(file: str) -> frozenset[str]:
     """What the column part of a .csv says, where it tells train from others; else nothing."""
-    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", errors="replace", newline="") as stream:
-        reader = csv.reader(stream)
-        columns = next(reader, [])
-        if "part" not in columns:
-            return frozenset()
-        place = columns.index("part")
-        parts = frozenset(row[place] for row in reader if len(row) > place and row[place])
+    lines = _csv_rows(file)
+    _, columns = next(lines, (0, []))
+    if "part" not in columns:
+        return frozenset()
+    place = columns.index("part")
+    parts = frozenset(row[place] for _, row in lines if len(row) > place and row[place])
     return parts if "train" in parts else frozenset()  # a part may be a wheel
+
+
+def _csv_rows(file: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of its last line, row) of each row of a .csv. Raises ValueError for what is none."""
+    # Spreadsheets begin theirs with a byte order mark.
+    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream)
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 ({error}); save it as such") from None
+        except csv.Error as error:
+            raise ValueError(
+                f"line {reader.line_num} of {file} is no row of a .csv ({error}); "
+                "is a quotation mark before it left open?"
+            ) from error
 
 
 # --- Tar shards ----------------------------------------------------------------------------------

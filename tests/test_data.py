@@ -183,6 +183,13 @@ def test_csv_without_column_names_is_refused(tmp_path: Path, content: str) -> No
         open_source(tmp_path / "list.csv")
 
 
+@pytest.mark.parametrize("columns", ["path,label", "path,part"])
+def test_csv_with_an_open_quotation_mark_names_where_it_broke(tmp_path: Path, columns: str) -> None:
+    (tmp_path / "list.csv").write_text(f'{columns}\n"0.png,cat\n' + "1.png,train\n" * 20_000)
+    with pytest.raises(ValueError, match=r"line \d+ of .*list\.csv is no row .* quotation mark"):
+        open_source(tmp_path / "list.csv")
+
+
 def test_csv_with_a_row_cut_short_names_the_line(tmp_path: Path) -> None:
     put(tmp_path, "1.png", "2.png")
     (tmp_path / "list.csv").write_text("path,label\n1.png,cat\n2.png\n")
