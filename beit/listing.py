@@ -24,6 +24,7 @@ import sys
 import tarfile
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -165,7 +166,9 @@ class _Rows:
                     raise ValueError(
                         f"a label is {classes[-1]}, beyond the last of {counted(len(names), 'named class')}"
                     )
-                found, classes = [names[int(name)] for name in found], list(names)
+                shared = Counter(names)  # such as ImageNet's two cranes
+                classes = [n if shared[n] == 1 else f"{n} ({i})" for i, n in enumerate(names)]
+                found = [classes[int(name)] for name in found]
         else:
             classes = sorted(found)
         place = {name: number for number, name in enumerate(classes)}

@@ -77,6 +77,15 @@ def test_numbers_are_named_by_the_lines_of_a_file_beside_the_shards(tmp_path: Pa
     assert named(source) == ["ant", "zebra"]
 
 
+def test_classes_of_one_name_stay_apart(tmp_path: Path) -> None:
+    members = {f"{i}.{end}": v for i in range(3) for end, v in (("jpg", png(i)), ("cls", str(i)))}
+    write_tar(tmp_path / "s.tar", members)
+    (tmp_path / "classes.txt").write_text("crane\nowl\ncrane\n")
+    source = open_source(tmp_path, labelled=True)
+    assert source.classes == ("crane (0)", "owl", "crane (2)")
+    assert source.labels.tolist() == [0, 1, 2]
+
+
 def test_a_label_beyond_the_named_classes_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", {"a.jpg": png(1), "a.cls": "2"})
     (tmp_path / "classes.txt").write_text("zebra\nyak\n")
