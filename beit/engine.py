@@ -48,8 +48,10 @@ from beit.graphs import (
     Graph,
     GraphError,
     Output,
+    cosines,
     installed,
     is_graph,
+    milliseconds,
     multiplies_bf16,
     open_graph,
     require,
@@ -550,13 +552,7 @@ class Engine:
                 candidates[name] = graph
             else:
                 left_out[name] = f"does not agree with torch (cosine {cosine:.5f})"
-        times: dict[str, list[float]] = {name: [] for name in candidates}
-        for _ in range(4):  # in turn, so that what else the machine does meets all of them
-            for name, run in candidates.items():
-                began = time.perf_counter()
-                run(noise[:1])
-                times[name].append(1000 * (time.perf_counter() - began))
-        ms = {name: min(each[1:]) for name, each in times.items()}
+        ms = {name: min(times) for name, times in milliseconds(candidates, noise[:1]).items()}
         # A tie is torch's.
         fastest = min(ms, key=lambda name: ms[name] * (0.95 if name == "torch" else 1))
         told = ", ".join(
@@ -573,16 +569,12 @@ class Engine:
 
 def agree(ours: np.ndarray, exact: np.ndarray, precision: str, output: Output) -> tuple[bool, float]:
     """Whether outputs (B, ...) are those of torch in fp32 but for rounding and ties; the lowest cosine."""
-    a, b = ours.reshape(len(ours), -1), exact.reshape(len(exact), -1)
-    cosine = (a * b).sum(axis=1) / np.maximum(
-        np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12
-    )
-    lowest = float(cosine.min())
+    lowest = float(cosines(ours, exact).min())
     close = lowest >= LEAST_COSINE[precision]
     if output.kind == "classification":
-        rows = np.arange(len(b))
-        lost = b.max(axis=1) - b[rows, a.argmax(axis=1)]  # 0 where the best class is the same
-        close = close and bool((lost <= TIE[precision] * b.std(axis=1)).all())
+        best = exact[np.arange(len(exact)), ours.argmax(axis=1)]
+        lost = exact.max(axis=1) - best  # 0 where the best class is the same
+        close = close and bool((lost <= TIE[precision] * exact.std(axis=1)).all())
     return close, lowest
 
 

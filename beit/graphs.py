@@ -14,7 +14,8 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -294,6 +295,26 @@ class TorchGraph:
         self.about.check(inputs[0].shape[2:])
         with torch.no_grad():
             return self._module(*map(torch.from_numpy, inputs)).numpy()
+
+
+def cosines(ours: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """(B,) of two outputs (B, ...), picture by picture."""
+    a, b = ours.reshape(len(ours), -1), exact.reshape(len(exact), -1)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return (a * b).sum(axis=1) / np.maximum(lengths, 1e-12)
+
+
+def milliseconds(
+    runs: Mapping[str, Callable[[np.ndarray], np.ndarray]], images: np.ndarray
+) -> dict[str, list[float]]:
+    """How long each takes, three times; in turn, so that what else the machine does meets all of them."""
+    ms: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(4):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run(images)
+            ms[name].append(1000 * (time.perf_counter() - began))
+    return {name: times[1:] for name, times in ms.items()}  # the first takes memory
 
 
 def _foreign(file: Path) -> str:
