@@ -337,13 +337,12 @@ def _columns(listing: Listing) -> dict[str, np.ndarray]:
 
 
 def _load(folder: Path, about: dict[str, Any]) -> Listing:
-    names = [f.name for f in fields(Places) if f.name != "roots"] + ["labels"]
-    columns = {}
-    for name in names:
+    def column(name: str) -> np.ndarray:
         file = folder / f"{name}.npy"
-        columns[name] = np.load(file, mmap_mode="r") if file.exists() else _NO_NUMBERS
-    labels = columns.pop("labels")
-    return Listing(Places(tuple(about["roots"]), **columns), labels, tuple(about["classes"]))
+        return np.load(file, mmap_mode="r") if file.exists() else _NO_NUMBERS
+
+    columns = {f.name: column(f.name) for f in fields(Places) if f.name != "roots"}
+    return Listing(Places(tuple(about["roots"]), **columns), column("labels"), tuple(about["classes"]))
 
 
 # --- Folders -------------------------------------------------------------------------------------
