@@ -182,7 +182,7 @@ class Embeddings:
             files = {f"{shard:05d}.npy": stream.getvalue(), f"{shard:05d}.csv": _csv("index,path", ids)}
         sums = {n: (len(content), hashlib.sha256(content).hexdigest()) for n, content in files.items()}
         seal = Seal(len(vectors), sums, tuple(bad))
-        text = json.dumps(asdict(seal) | {"bad": [list(b) for b in bad]}).encode()
+        text = json.dumps(asdict(seal)).encode()
         try:
             try:
                 self._put(files, f"{shard:05d}.json", text)
@@ -273,24 +273,24 @@ class Embeddings:
         columns = (_read_parquet(file, name).to_pylist() for name in ("index", "path"))
         return list(zip(*columns, strict=True))
 
+    def _places(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of rows that are numbered over all, and their numbers in there."""
+        shards = np.searchsorted(self.ends, rows, side="right")
+        return shards, rows - np.concatenate([[0], self.ends])[shards]
+
     def paths(self, rows: Sequence[int]) -> list[str]:
         """The pictures of rows, numbered over all shards."""
-        shards = np.searchsorted(self.ends, rows, side="right")
-        read = {int(shard): self.ids(int(shard)) for shard in np.unique(shards)}
-        firsts = np.concatenate([[0], self.ends])
-        return [
-            read[int(shard)][row - int(firsts[shard])][1]
-            for shard, row in zip(shards, rows, strict=True)
-        ]
+        shards, places = self._places(rows)
+        ids = {shard: self.ids(shard) for shard in set(shards.tolist())}
+        return [ids[shard][place][1] for shard, place in zip(shards.tolist(), places, strict=True)]
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """The vectors of rows, numbered over all shards: (len(rows), D), float16 or float32."""
-        shards = np.searchsorted(self.ends, rows, side="right")
-        firsts = np.concatenate([[0], self.ends])
+        shards, places = self._places(rows)
         found = np.empty((len(rows), *self.manifest.shape), DTYPES[self.manifest.dtype])
         for shard in np.unique(shards):
             here = shards == shard
-            found[here] = self.vectors(int(shard))[rows[here] - firsts[shard]]
+            found[here] = self.vectors(int(shard))[places[here]]
         return found
 
     def check_queries(self, queries: np.ndarray) -> None:
@@ -364,14 +364,13 @@ def begin(folder: Path, manifest: Manifest) -> Embeddings:
             file = scratch / MANIFEST
             file.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
             flush(file)
-            with suppress(FileExistsError):
-                try:
-                    os.link(file, folder / MANIFEST)  # unlike a rename, it replaces nothing
-                except FileExistsError:
-                    raise
-                except OSError:  # a file system without links
-                    if not (folder / MANIFEST).exists():
-                        os.replace(file, folder / MANIFEST)
+            try:
+                os.link(file, folder / MANIFEST)  # unlike a rename, it replaces nothing
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                if not (folder / MANIFEST).exists():
+                    os.replace(file, folder / MANIFEST)
             flush(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
