@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -347,29 +347,27 @@ class BadImages:
             with self.file.open("a", newline="", encoding="utf-8", errors="replace") as stream:
                 csv.writer(stream).writerows([Bad._fields, *new.values()] if first else new.values())
             self.found |= new
-        allowed = math.ceil(self.budget * self.num_samples)
         if in_a_row:
-            some = _some([f"{b.path} ({b.reason})" for b in bad], 3)
             raise TooManyBadImages(
-                f"{counted(in_a_row, 'picture')} in a row cannot be read: {some}. Is their place there? "
-                "When it is, the same command goes on"
+                f"{counted(in_a_row, 'picture')} in a row cannot be read: {_shown(bad)}. Is their place "
+                "there? When it is, the same command goes on"
             )
+        allowed = math.ceil(self.budget * self.num_samples)
         if new and len(self.found) > allowed:
             raise TooManyBadImages(
                 f"{len(self.found):,} of {counted(self.num_samples, 'picture')} cannot be read, where "
-                f"{self.budget:.1%} ({allowed:,}) may: {self._examples(list(self.found.values()))}"
+                f"{self.budget:.1%} ({allowed:,}) may: {_shown(self.found.values())}; all are listed in "
+                f"{self.file}. Raise --max-bad-images and the same command goes on, or mend them and begin "
+                "in another --out"
             )
-
-    def _examples(self, bad: Sequence[Bad]) -> str:
-        some = [f"{b.path} ({b.reason})" for b in bad]
-        return (
-            f"{_some(some, 3)}; all are listed in {self.file}. Raise --max-bad-images "
-            "and the same command goes on, or mend them and begin in another --out"
-        )
 
     def __str__(self) -> str:
         count = counted(len(self), "picture")
         return f"{count} could not be read, and others were taken instead; see {self.file}"
+
+
+def _shown(bad: Iterable[Bad]) -> str:
+    return _some([f"{b.path} ({b.reason})" for b in bad], 3)
 
 
 # --- Batches -------------------------------------------------------------------------------------
