@@ -246,7 +246,7 @@ def _list_shards(files: list[str], place: str) -> Listing:
 def _refuse_unfinished(place: str, shards: Sequence[str]) -> None:
     manifest = f"{place.rstrip('/')}/{MANIFEST}"
     if not is_address(place) and exists(manifest):
-        number = sum(json.loads(Path(manifest).read_text())["shards"].values())
+        number = sum(json.loads(Path(manifest).read_text()).get("shards", {}).values())
         if len(shards) < number:
             raise ValueError(
                 f"{place} has {len(shards)} of {counted(number, 'shard')}; run `beit shard` again to end it"

@@ -159,6 +159,12 @@ def test_long_and_foreign_names_are_kept(tmp_path: Path) -> None:
     assert shown(source) == [5]
 
 
+def test_a_shards_json_of_somebody_else_counts_nothing(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s.tar", {"a.jpg": png(1)})
+    (tmp_path / "shards.json").write_text('{"wids_version": 1, "shardlist": [{"url": "s.tar"}]}')
+    assert shown(open_source(tmp_path)) == [1]
+
+
 def test_shards_of_a_split_are_told_by_their_names(tmp_path: Path) -> None:
     for number, name in enumerate(
         ["train-00000", "train-00001", "validation-0", "test_0", "in1k-val-3"]
