@@ -31,6 +31,7 @@ LEARNING_RATES = (3e-4, 1e-3, 3e-3)  # of the attentive probe
 SGD_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # for batches of 256
 SGD_BATCH, SGD_EPOCHS = 256, 100
 DRAWS = 10
+FOLDS = 5  # of pictures, each judged by a probe of the others
 STUDENT_T = 2.262  # 97.5 % of its distribution for 10 draws
 
 _BLOCK = 1 << 24  # numbers worked on at a time
@@ -155,13 +156,10 @@ def standard_of(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_best_probe(
-    train: tuple[Tensor, Tensor],
-    validation: tuple[Tensor, Tensor],
-    num_classes: int,
-    penalties: tuple[float, ...] = PENALTIES,
+    train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], num_classes: int
 ) -> tuple[LinearProbe, float]:
     """Fit one probe a penalty on `train`; the best on `validation`, with its accuracy there."""
-    strengths = [penalty * len(train[0]) for penalty in penalties]
+    strengths = [penalty * len(train[0]) for penalty in PENALTIES]
     probes = fit_probes(*train, num_classes, strengths)
     scored = [(probe.accuracy(*validation), probe) for probe in probes]
     accuracy, probe = max(scored, key=lambda pair: pair[0])
@@ -393,16 +391,12 @@ def few_shot(
     Features are standardised by all training pictures, whose labels are not used for that.
     """
     features, labels = train
-    standard = standard_of(features)
+    standard, known = standard_of(features), labels.cpu().numpy()
+    of_class = [np.flatnonzero(known == c) for c in range(num_classes)]
     accuracies = []
     for draw in range(DRAWS):
         rng = np.random.default_rng([seed, shots, draw])
-        chosen = np.concatenate(
-            [
-                rng.permutation(np.flatnonzero(labels.cpu().numpy() == c))[:shots]
-                for c in range(num_classes)
-            ]
-        )
+        chosen = np.concatenate([rng.permutation(members)[:shots] for members in of_class])
         (probe,) = fit_probes(features[chosen], labels[chosen], num_classes, (1.0,), 1e-5, standard)
         accuracies.append(probe.accuracy(*test))
     mean, half = float(np.mean(accuracies)), STUDENT_T * float(np.std(accuracies, ddof=1)) / DRAWS**0.5
@@ -412,16 +406,14 @@ def few_shot(
 # --- What may be wrong with the data -------------------------------------------------------------
 
 
-def out_of_fold(
-    features: Tensor, labels: Tensor, num_classes: int, folds: int = 5, seed: int = 0
-) -> Tensor:
+def out_of_fold(features: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> Tensor:
     """(n, C) float64 probabilities, each of a linear probe that has not seen the picture.
 
     The penalty is the one whose probabilities fit the labels best.
     """
-    fold = _folds(labels, folds, seed)
+    fold = _folds(labels, seed)
     found = features.new_zeros(len(PENALTIES), len(features), num_classes, dtype=torch.float64)
-    for number in range(folds):
+    for number in range(FOLDS):
         inside, outside = fold != number, fold == number
         if not (inside.any() and outside.any()):
             continue
@@ -476,11 +468,11 @@ def out_of_fold_several(features: Tensor, truth: Tensor, seed: int = 0) -> Tenso
     return torch.stack([out_of_fold(features, y, 2, seed=seed)[:, 1] for y in questions], dim=1)
 
 
-def _folds(labels: Tensor, folds: int, seed: int) -> Tensor:
+def _folds(labels: Tensor, seed: int) -> Tensor:
     """(n,) numbers of folds; each class is spread over all of them."""
     array = labels.cpu().numpy()
     order = np.random.default_rng(seed).permutation(len(array))
     order = order[np.argsort(array[order], kind="stable")]
     fold = np.empty(len(array), dtype=np.int64)
-    fold[order] = np.arange(len(array)) % folds
+    fold[order] = np.arange(len(array)) % FOLDS
     return torch.from_numpy(fold).to(labels.device)
