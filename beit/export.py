@@ -51,6 +51,7 @@ from beit.graphs import (
     signal_stack_kept,
 )
 from beit.model import Beit, BeitForImageClassification, BeitForMaskedImageModeling
+from beit.snapshots import bytes_of
 
 Target = Literal["onnx", "openvino", "torch"]
 
@@ -201,7 +202,7 @@ def hash_of(model: Beit) -> str:
     digest = hashlib.sha256(repr((type(model).__name__, facts)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

@@ -39,6 +39,7 @@ from beit.progress import Pace, Progress
 from beit.settings import RunError, check_same, describe_settings, is_in_use, to_toml
 from beit.snapshots import (
     Tensors,
+    bytes_of,
     drop,
     load_snapshot,
     room_beside,
@@ -575,5 +576,5 @@ def weights_hash(module: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()

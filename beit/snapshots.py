@@ -177,7 +177,7 @@ def write_tensors(file: Path, tensors: Tensors) -> str:
     digest = hashlib.sha256()
     with file.open("wb") as stream, ThreadPoolExecutor(1) as pool:
         begin_with = len(text).to_bytes(8, "little") + text
-        contents = (_bytes_of(tensor) for _, tensor in ordered)
+        contents = (bytes_of(tensor) for _, tensor in ordered)
         for content in itertools.chain([memoryview(begin_with)], contents):
             summed = pool.submit(digest.update, content)
             stream.write(content)
@@ -187,7 +187,8 @@ def write_tensors(file: Path, tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's numbers as they lie in memory, row by row."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data
 
