@@ -40,7 +40,6 @@ from beit.listing import (
     parts_of_csv,
 )
 from beit.plural import counted
-from beit.workers import load_ahead as load_ahead
 from beit.workers import load_in_processes, now_doing
 
 T = TypeVar("T")

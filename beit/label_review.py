@@ -25,7 +25,7 @@ from beit.classifier_report import file_name, picture_of
 from beit.data import ImageSource
 from beit.features import default_layer
 from beit.frozen import MOST_PICTURES, FrozenClassifier, features_of
-from beit.labelled import SEPARATOR, Labelled
+from beit.labelled import Labelled
 from beit.model import Beit
 from beit.precision import Precision
 from beit.probe import (
@@ -36,6 +36,7 @@ from beit.probe import (
     review_several,
 )
 from beit.report import Page
+from beit.split import SEPARATOR
 
 FILE = "label_review.csv"
 SHOWN = 12

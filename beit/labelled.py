@@ -18,8 +18,7 @@ import numpy as np
 from beit import distributed
 from beit.data import ImageSource, has_split, open_source
 from beit.plural import counted
-from beit.split import MOST_LOOKED_AT, Divided, divide, take
-from beit.split import SEPARATOR as SEPARATOR
+from beit.split import MOST_LOOKED_AT, SEPARATOR, Divided, divide, take
 
 NOT_LOOKED_FOR = f"nearly equal pictures are not looked for among more than {MOST_LOOKED_AT:,}"
 ENOUGH = 20  # validation pictures; the accuracy on fewer says little

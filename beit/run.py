@@ -52,7 +52,7 @@ from beit.snapshots import (
     write_tensors,
 )
 from beit.stop import Stopped as Stopped
-from beit.stop import stop_signals as stop_signals
+from beit.stop import stop_signals
 from beit.training import OptimizerWatch, Training
 
 if sys.version_info >= (3, 11):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from beit.atomic import check_place, write_atomically
 from beit.checkpoints import load_model
-from beit.data import ImageSource, SomeSkipped, TooManyBadImages, has_split, load_ahead, open_source
+from beit.data import ImageSource, SomeSkipped, TooManyBadImages, has_split, open_source
 from beit.duplicates import duplicates, pixel_hash
 from beit.features import Pooling, default_layer, extract_features, layer_states, pooled, storage
 from beit.image import BadImage, preprocess
@@ -46,6 +46,7 @@ from beit.probe import (
     stratified_fifth,
 )
 from beit.split import check_one_label, divide, take
+from beit.workers import load_ahead
 
 SHOTS = (1, 5, 10)
 
