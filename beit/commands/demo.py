@@ -48,7 +48,7 @@ class Demo:
     seed: NonNegativeInt = 0
     """Of the training and of which pictures keep their labels; the split is always the same."""
     workers: NonNegativeInt = 0
-    """Threads that prepare pictures; for ones this small the hand-over costs more than it saves."""
+    """Processes that prepare pictures; for ones this small the hand-over costs more than it saves."""
     overwrite: bool = False
     """Begin again where the folder holds an earlier demo."""
 
