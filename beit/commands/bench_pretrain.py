@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from beit.augment import TwoViews, normalise, to_unit
-from beit.commands.pretrain import Batch, MaskedLogits, masked_loss
+from beit.commands.pretrain import Batch, MaskedLogits, masked_loss, paper_masks
 from beit.data import Loader, open_source
 from beit.flops import peak_flops, training_flops
 from beit.image import OpenImage
@@ -97,7 +97,7 @@ def bench_pretrain(settings: BenchPretrain = BenchPretrain()) -> dict[str, Any]:
                 seconds[name].append((time.perf_counter() - began) / steps)
         peak, peak_from = peak_flops(device, settings.precision, settings.peak_tflops)
 
-    flops = training_flops(config, masked_patches(config))
+    flops = training_flops(config, paper_masks(*config.grid)[0])
     precision = resolve_precision(settings.precision, device)
     rows: dict[str, dict[str, float]] = {}
     for name, each in seconds.items():
@@ -132,11 +132,6 @@ WITH_MODEL = ("model", "all together", "transformers bf16", "transformers fp32")
 LOADER_STEPS = 16  # its steps are short
 
 
-def masked_patches(config: BeitConfig) -> int:
-    """The paper's share, 75 of 196."""
-    return round(75 / 196 * config.grid[0] * config.grid[1])
-
-
 def make_parts(
     settings: BenchPretrain,
     config: BeitConfig,
@@ -148,9 +143,8 @@ def make_parts(
     """What is timed: name -> do so many steps."""
     size, (height, width) = config.image_height_width[0], config.grid
     views = TwoViews(img_size=size, token_size=height * tokenizer.stride)
-    mask_of = partial(
-        sample_mask, config.grid, masked_patches(config), min_block=max(1, height * width // 12)
-    )
+    num_masked, min_block = paper_masks(height, width)
+    mask_of = partial(sample_mask, config.grid, num_masked, min_block=min_block)
     loader = Loader.of_run(open_source(data), settings.batch_size, 0, settings.workers, folder, 0.01)
 
     def prepare(picture: OpenImage, rng: np.random.Generator) -> tuple[np.ndarray, ...]:

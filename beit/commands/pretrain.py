@@ -188,8 +188,8 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     model.gradient_checkpointing = settings.gradient_checkpointing
     config, spec = model.config, model.image_spec
     height, width = config.grid
-    num_masked = settings.num_mask_patches or round(75 / 196 * height * width)
-    min_block = settings.min_block or max(1, round(16 / 196 * height * width))
+    num_masked, min_block = paper_masks(height, width)
+    num_masked, min_block = settings.num_mask_patches or num_masked, settings.min_block or min_block
     views = TwoViews(
         img_size=config.image_height_width[0],
         token_size=height * tokenizer.stride,  # so that each patch has its token
@@ -353,6 +353,11 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         f"{run.out}: {counted(total, 'step')}, {loss_then}, {guessed}; see {run.out / 'report.html'}"
     )
     return last
+
+
+def paper_masks(height: int, width: int) -> tuple[int, int]:
+    """Patches to hide of h x w, and the smallest block of them: the paper's shares of 14 x 14."""
+    return round(75 / 196 * height * width), max(1, round(16 / 196 * height * width))
 
 
 def open_tokenizer(place: Path) -> AnyTokenizer | PixelTargets:
