@@ -212,10 +212,7 @@ def _bytes(file: str, name: str, start: int = 0, size: int | None = None) -> byt
     """A file, or `size` bytes of it; errors call it `name`."""
     try:
         if is_address(file):
-            system, path = file_system(file)
-            size = system.size(path) if size is None else size
-            check_file_size(size, name)
-            return bytes(system.cat_file(path, start=start, end=start + size))
+            return _remote_bytes(file, name, start, size)
         if size is not None:
             check_file_size(size, name)
             with open(file, "rb") as shard:
@@ -227,6 +224,20 @@ def _bytes(file: str, name: str, start: int = 0, size: int | None = None) -> byt
         raise BadImage("missing", name, "no such file") from None
     except OSError as error:
         raise BadImage("unreadable", name, f"cannot be read ({error.strerror or error})") from error
+
+
+def _remote_bytes(address: str, name: str, start: int, size: int | None) -> bytes:
+    system, path = file_system(address)
+    try:
+        size = system.size(path) if size is None else size
+        check_file_size(size, name)
+        return bytes(system.cat_file(path, start=start, end=start + size))
+    except (OSError, BadImage):
+        raise
+    except (
+        Exception
+    ) as error:  # of the library that speaks to the place, such as aiohttp's when it hangs up
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 
 def _open(place: str) -> IO[bytes]:
@@ -401,12 +412,14 @@ def _local_files(
 
 
 def _remote_files(root: str) -> Iterator[str]:
+    """The same, in the same order, of a folder behind an address."""
     system, path = file_system(root)
-    prefix = path.rstrip("/") + "/"
-    for name in sorted(system.find(path)):
-        inside = name[len(prefix) :] if name.startswith(prefix) else name
-        if not any(part.startswith(".") for part in inside.split("/")):
-            yield inside
+    files = [name.removeprefix(path.rstrip("/") + "/").split("/") for name in system.find(path)]
+    runs = {tuple(parts[:-1]) for parts in files if parts[-1] == RUN_FILE and len(parts) > 1}
+    for parts in sorted(files):
+        hidden = any(part.startswith(".") for part in parts)
+        if not hidden and not any(tuple(parts[:depth]) in runs for depth in range(1, len(parts))):
+            yield "/".join(parts)
 
 
 # --- Lists ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -400,6 +401,51 @@ def test_a_folder_behind_an_address_is_as_one_on_disk(bucket: Callable[[str, byt
     assert source.name(0) == "memory://bucket/set/train/cat/1.png"
     assert shown(open_source("memory://bucket/set", "val")) == [3]
     assert has_split("memory://bucket/set", "val")
+
+
+def test_a_folder_behind_an_address_has_the_order_of_one_on_disk(
+    bucket: Callable[[str, bytes], None], tmp_path: Path
+) -> None:
+    names = [
+        "cat/1.png",
+        "cat-big/2.png",
+        "cat.png",
+        "a.run/report/3.png",
+        "a.run/run.toml",
+        "dog/.4.png",
+        "dog/b/5.png",
+    ]
+    for number, name in enumerate(names):
+        content = png(number)
+        bucket(f"set/{name}", content)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert shown(open_source("memory://bucket/set")) == shown(open_source(tmp_path)) == [0, 1, 2, 6]
+
+
+def test_a_library_that_lost_its_connection_is_asked_again(
+    bucket: Callable[[str, bytes], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class HungUp(Exception):  # aiohttp's are no OSErrors
+        pass
+
+    bucket("set/1.png", png(1))
+    source = open_source("memory://bucket/set")
+    system = beit.listing.file_system("memory://bucket")[0]
+    real, left = type(system).cat_file, [2]
+
+    def cat_file(*given: Any, **options: Any) -> bytes:
+        if left[0]:
+            left[0] -= 1
+            raise HungUp("server disconnected")
+        return bytes(real(*given, **options))
+
+    monkeypatch.setattr(type(system), "cat_file", cat_file)
+    monkeypatch.setattr("beit.image.PAUSES_S", (0.0, 0.0))
+    assert shown(source) == [1]
+    left[0] = 3
+    with pytest.raises(BadImage, match="HungUp: server disconnected"):
+        source.open(0)
 
 
 def test_shards_and_lists_behind_an_address_are_as_those_on_disk(
