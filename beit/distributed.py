@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from beit.precision import pick_device
 
@@ -41,11 +44,45 @@ def joined(device: str = "auto") -> Iterator[torch.device]:
         torch.cuda.set_device(chosen)
     # Gloo beside NCCL: words and errors travel between hosts without a GPU.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    patience = timedelta(minutes=30)
+    store, rank, size = _own_store(patience)
+    dist.init_process_group(backend, timeout=patience, world_size=size, rank=rank, store=store)
     global _patient
     _patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
     yield chosen
     dist.destroy_process_group()  # not after an error: the others may be waiting for this process
+
+
+def _own_store(patience: timedelta) -> tuple[Any, int, int]:
+    """The store by which the processes find each other, in a room of their own; this one's rank, and size.
+
+    torchrun gives those that it begins anew (--max-restarts, a node that came or went) the store of those
+    before them, where they found addresses of the dead: refused, or waited for without end. So the main
+    process names a room, to each process that says who it is; TORCHELASTIC_RESTART_COUNT would not do, as
+    each node counts for itself.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=patience))
+    me, until = uuid.uuid4().hex, time.monotonic() + patience.total_seconds()
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    def all_came() -> bool:
+        for other in range(1, size):
+            store.set(f"told-{other}", read(f"asks-{other}") + me)
+        return all(read(f"came-{other}") == me for other in range(1, size))
+
+    def was_told() -> bool:
+        return read(f"told-{rank}").startswith(me)
+
+    store.set(f"asks-{rank}", me)
+    while not (was_told() if rank else all_came()):
+        if time.monotonic() > until:
+            raise TimeoutError(f"process {rank} of {size} waited {patience} for the others to begin")
+        time.sleep(0.02)
+    room = read(f"told-{rank}").removeprefix(me) if rank else me
+    store.set(f"came-{rank}", room)
+    return dist.PrefixStore(room, store), rank, size  # type: ignore[attr-defined]
 
 
 def size() -> int:

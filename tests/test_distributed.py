@@ -383,6 +383,35 @@ def test_an_error_of_the_main_process_is_every_processes_error(two: Together, fo
             assert "cannot write the run folder" in told["error"]
 
 
+BEGUN_ANEW = """
+import os, signal, sys
+from pathlib import Path
+from beit import distributed
+
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+with distributed.joined("cpu"):
+    together = distributed.on_each(lambda: attempt)
+    Path(sys.argv[1], f"{attempt}-{distributed.rank()}").write_text(f"{together}")
+    distributed.on_each(lambda: None)
+    if attempt < 4 and distributed.rank() == attempt % 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    distributed.on_each(lambda: None)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_processes_that_torchrun_begins_anew_meet_each_other_and_not_the_dead(tmp_path: Path) -> None:
+    """They are given the store of those before them, with the addresses of these."""
+    script = tmp_path / "begun_anew.py"
+    script.write_text(BEGUN_ANEW)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "4", str(script), str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    met = {file.name: file.read_text() for file in tmp_path.glob("[0-9]-[0-9]")}
+    assert met == {f"{n}-{rank}": f"[{n}, {n}]" for n in range(5) for rank in range(2)}
+
+
 def test_sums_are_over_all_processes(two: Together, four: Together) -> None:
     for told in two.told:
         assert told["sums"] == [[3.0, 10.0], [1.5, 5.0], [2.0, 10.0]]
