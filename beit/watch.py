@@ -34,7 +34,7 @@ from beit.precision import Precision
 from beit.probe import fit_best_probe, fit_probe, knn_scores, stratified_fifth
 from beit.report import Page
 from beit.run import read_metrics
-from beit.split import check_one_label, divide, take
+from beit.split import check_one_label, data_hash, divide, take
 from beit.visualize import data_tag, jpeg_bytes, line_chart
 
 MOST_FOR_RANK = 256  # pictures
@@ -65,18 +65,32 @@ class Watch:
     train: ImageSource | None = None
     test: ImageSource | None = None
     looks: list[Look] = field(init=False)
+    pictures: str = field(init=False)  # what those that are looked at are known by
 
     def __post_init__(self) -> None:
         file = self.out / "looks.json"
         self.looks = json.loads(file.read_text()) if file.exists() else []
+        sources = [source for source in (self.train, self.test) if source is not None]
+        self.pictures = data_hash(sources or [self.unlabelled], None)
+
+    @property
+    def alike(self) -> list[Look]:
+        """The looks at these pictures and layers; a run that goes on may have had others before."""
+        return [
+            look
+            for look in self.looks
+            if look.get("pictures", self.pictures) == self.pictures
+            and all(f"effective_rank_{i}" in look for i in self.layers)
+        ]
 
     def look(self, model: Beit, step: int, probe: bool = True) -> None:
         """Draw, and probe unless that is left to a later look; the model stays in the mode it was in."""
         training = model.training
         self.looks = [look for look in self.looks if look["step"] < step]  # a resumed run looks again
         try:
-            if probe or not self.looks:
-                self.looks.append({"step": step, **self.probes(model.eval())})
+            if probe or not self.alike:
+                look = {"step": step, "pictures": self.pictures, **self.probes(model.eval())}
+                self.looks.append(look)
             sheet = self.draw(model.eval())
         finally:
             model.train(training)
@@ -132,12 +146,13 @@ class Watch:
             page.section(
                 "Probes",
                 f"Share of {len(self.test):,} labelled pictures named right from frozen features, pooled "
-                f"and normed; {len(self.train):,} others are known. Step 0 is the untrained network.",
+                f"and normed; {len(self.train):,} others are known. Step 0 is the network before its first "
+                f"step.{self._others()}",
             )
             page.charts(
                 [
                     line_chart(
-                        {f"layer {i}": points(self.looks, f"{k}_{i}") for i in self.layers}, "step", k
+                        {f"layer {i}": points(self.alike, f"{k}_{i}") for i in self.layers}, "step", k
                     )
                     for k in ("linear", "knn")
                 ]
@@ -145,15 +160,20 @@ class Watch:
         page.section(
             "Are features alive?",
             f"The effective rank of {tensors}-wide features: how many directions they use. One that falls "
-            "towards 1 is a collapse; it grows while a network learns to tell pictures apart.",
+            "towards 1 is a collapse; it grows while a network learns to tell pictures apart."
+            f"{self._others()}",
         )
-        ranks = {f"layer {i}": points(self.looks, f"effective_rank_{i}") for i in self.layers}
+        ranks = {f"layer {i}": points(self.alike, f"effective_rank_{i}") for i in self.layers}
         page.charts([line_chart(ranks, "step", "effective rank")])
         self._show_pictures(page)
         page.section("Settings", f"run.toml; beit {version('beit')}, torch {torch.__version__}.")
         page.code((self.out / "run.toml").read_text(encoding="utf-8"))
         page.code(shlex.join(["beit", *sys.argv[1:]]))
         page.write(self.out / "report.html")
+
+    def _others(self) -> str:
+        left = len(self.looks) - len(self.alike)
+        return f" {counted(left, 'look')} at other pictures or layers: in looks.json." if left else ""
 
     def _show_pictures(self, page: Page) -> None:
         sheets = sorted((self.out / "pictures").glob("step-*.jpg"))

@@ -64,7 +64,7 @@ def test_a_look_without_probes_draws_alone_but_the_first_probes_always(
         assert model.training == (step == 1)
     assert [look["step"] for look in looks.looks] == [0, 2]
     assert looks.looks == json.loads((tmp_path / "run" / "looks.json").read_text())
-    assert looks.looks[0].keys() == {"step", "effective_rank_1", "effective_rank_2"}
+    assert looks.looks[0].keys() == {"step", "pictures", "effective_rank_1", "effective_rank_2"}
     sheets = sorted((tmp_path / "run" / "pictures").iterdir())
     assert [sheet.name for sheet in sheets] == [f"step-{step:08d}.jpg" for step in range(3)]
 
@@ -79,6 +79,18 @@ def test_a_run_that_goes_on_forgets_later_looks(shapes: Path, tmp_path: Path, mo
 
 
 # --- Labelled pictures to probe with --------------------------------------------------------------
+
+
+def test_looks_at_other_pictures_are_kept_apart(shapes: Path, tmp_path: Path, model: Beit) -> None:
+    """What linear probes name right of few pictures says nothing beside that of others."""
+    all_of_them, some = (probe_pictures(place, 0, 1) for place in (shapes, shapes / "train"))
+    for step, (train, test) in enumerate((all_of_them, some, all_of_them)):
+        looks = watch(tmp_path / "run", shapes, train=train, test=test)
+        looks.look(model, step, probe=False)
+        assert [look["step"] for look in looks.alike] == [[0], [1], [0]][step]
+    assert [look["step"] for look in looks.looks] == [0, 1]
+    looks.write_page("A run", [], 16)
+    assert "1 look at other pictures" in (tmp_path / "run" / "report.html").read_text()
 
 
 def names(source: Any) -> set[str]:

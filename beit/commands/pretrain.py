@@ -482,7 +482,7 @@ def look(
         watch.look(looked_at.to(model.cls_token.device), step, probe)
         width = model.config.embed_dim
         heads = 2 if model.config.early_layer else 1
-        rows = expected_ranges(run, watch.looks, vocab_size, width, heads)
+        rows = expected_ranges(run, watch.alike, vocab_size, width, heads)
         watch.write_page(f"Pre-training of {run.out.name}", rows, width)
 
     def guarded() -> None:
@@ -512,7 +512,7 @@ def expected_ranges(
     """
     metrics = run.read_metrics()
     if not metrics:
-        return [("steps", "0", "the untrained network")]
+        return [("steps", "0", "the network before its first step")]
     last, first, now = metrics[-1], looked[0], looked[-1]
     tokens = "token_accuracy" in last
     blind = heads * (math.log(last["target_perplexity"]) if tokens else 1.0)

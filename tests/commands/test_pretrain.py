@@ -30,7 +30,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from .conftest import PRETRAIN, TOKENIZER, Broken, Done, run, same_weights
+from .conftest import PRETRAIN, TOKENIZER, Broken, Done, Stopping, run, same_weights
 
 
 def test_the_loss_falls_below_guessing(pretrained: Done, tokenizer: Done) -> None:
@@ -69,7 +69,7 @@ def test_looks_tell_whether_it_works_and_change_no_weight(
     assert [look["step"] for look in looks] == [*range(0, 60, 6 * epoch), 60]
     names = {f"{kind}_{layer}" for kind in ("linear", "knn", "effective_rank") for layer in (2, 4)}
     for look in looks:
-        assert look.keys() == {"step"} | names
+        assert look.keys() == {"step", "pictures"} | names
         assert all(0 <= look[name] <= 1 for name in names if not name.startswith("effective"))
         assert 1 <= look["effective_rank_4"] <= 96
     page = (done.folder / "report.html").read_text()
@@ -77,6 +77,24 @@ def test_looks_tell_whether_it_works_and_change_no_weight(
         assert told in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert len(page) < 5e6
+
+
+def test_a_run_that_goes_on_with_other_probes_shows_only_looks_that_compare(
+    shapes: Path, tmp_path: Path, tokenizer: Done, stopped_run: Stopping
+) -> None:
+    """Of other layers the page found no first rank and was not made any more; of others' pictures it
+    drew one curve."""
+    options = {**PRETRAIN, "tokenizer": tokenizer.folder, "steps": 9, "look_epochs": 1, "log_every": 1}
+    stopped_run(tmp_path / "run", 4, 4, "pretrain", shapes / "train", **options)
+    options |= {"probe_layers": (1,), "probe_data": shapes}
+    done = run(tmp_path / "run", "pretrain", shapes / "train", **options)
+    assert "failed" not in done.said
+    looks = json.loads((done.folder / "looks.json").read_text())
+    assert [look["step"] for look in looks if "linear_1" in look] == [6, 9]
+    assert [look["step"] for look in looks if "effective_rank_3" in look] == [0, 3]
+    page = (done.folder / "report.html").read_text()
+    assert page.count("2 looks at other pictures or layers: in looks.json.") == 2
+    assert f"{looks[2]['effective_rank_1']:.0f} at step 6" in page
 
 
 def test_looks_leave_what_a_step_draws_as_it_is(shapes: Path, tmp_path: Path, tokenizer: Done) -> None:
