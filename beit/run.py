@@ -266,7 +266,8 @@ class Run:
         """Load the newest checkpoint whose sums are right; without one, all stays as it is.
 
         Metrics logged after it are dropped: they will be logged again. What cannot be read is renamed
-        to unreadable-step-..., so that it never counts as one again.
+        to unreadable-step-..., so that it never counts as one again. Raises RunError where the finished
+        model is there and no checkpoint, such as after somebody made room.
         """
         try:
             newest = distributed.on_main(self._newest)
@@ -277,6 +278,11 @@ class Run:
             ) from error
         if newest is not None:
             training.load(*load_snapshot(newest))
+        elif distributed.on_main(lambda: self.finished):
+            raise RunError(
+                f"{self.out} holds a finished run without a checkpoint, so that all of it would be done "
+                "again. Use the model that is there, give --overwrite to begin again, or another --out"
+            )
         distributed.on_main(lambda: self._forget_metrics_after(training.step))
 
     def _newest(self) -> Path | None:

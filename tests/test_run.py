@@ -995,6 +995,21 @@ def test_finished_is_where_the_model_is(tmp_path: Path) -> None:
     assert run.finished
 
 
+def test_a_finished_run_whose_checkpoints_were_deleted_is_not_done_again(
+    tmp_path: Path, unbroken: Any
+) -> None:
+    """Whoever makes room, and gives a script's commands again, would lose the model and wait for days."""
+    train(tmp_path / "run").go()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    again = train(tmp_path / "run")
+    with pytest.raises(RunError, match="holds a finished run without a checkpoint"):
+        again.go()
+    assert again.seen == []
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
 # --- Stop signals --------------------------------------------------------------------------------
 
 
