@@ -566,6 +566,10 @@ def _tar_members(file: str) -> list[tuple[str, str | None, int, int]]:
                     label = _label(extension, content.read())
                     if label is not None:
                         labels[key], taken[key] = label, ranks[extension]
+            # Where a header is damaged or the file is cut tarfile ends as if all were there.
+            stream.seek(tar.offset)
+            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"it is damaged or cut at byte {tar.offset:,}")
     except tarfile.TarError as error:
         raise ValueError(
             f"{file} is not a whole, uncompressed tar ({error}); `beit shard` makes such"

@@ -225,6 +225,20 @@ def test_compressed_and_cut_tars_are_refused_by_name(tmp_path: Path) -> None:
         open_source(tmp_path / "b.tar")
 
 
+@pytest.mark.parametrize("harm", ["header", "cut in a header", "cut between members"])
+def test_a_tar_that_breaks_off_is_refused_and_not_read_in_part(tmp_path: Path, harm: str) -> None:
+    """tarfile takes a damaged header, or an end without zeros, for the end of the archive."""
+    file = write_tar(tmp_path / "a.tar", {f"{i}.jpg": png(i) for i in range(4)})
+    whole = file.read_bytes()
+    with tarfile.open(file) as tar:
+        at = tar.getmembers()[2].offset
+    damaged = whole[:at] + b"A" * 512 + whole[at + 512 :]
+    ends = {"header": damaged, "cut in a header": whole[: at + 100], "cut between members": whole[:at]}
+    file.write_bytes(ends[harm])
+    with pytest.raises(ValueError, match=rf"a\.tar is not a whole.*damaged or cut at byte {at:,}"):
+        open_source(file)
+
+
 def test_pictures_come_before_stray_shards_which_are_mentioned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
