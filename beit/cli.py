@@ -338,6 +338,8 @@ def start_from(words: list[str], option: str, name: str) -> Config:
     for flag, other in (("--epochs", "steps"), ("--warmup-epochs", "warmup_steps")):
         if flag in given:  # two ways to say one thing, of which the recipe's would win
             values.pop(other, None)
+    if option == "--config":  # an empty list names nothing, which no flag can; what was to go, has gone
+        values = {k: v for k, v in values.items() if v != [] and k != "overwrite"}
     options = {key.replace("_", "-"): value for key, value in values.items()}
     return Config(options, use_commands_as_keys=False, source=str(file))
 

@@ -12,19 +12,22 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import ENVIRONMENT, Cli
 
 import beit.cli
+import beit.commands.pretrain
 import beit.listing
 from beit.atomic import CannotWrite
 from beit.cli import COMMANDS, app, exit_code, start_from
+from beit.commands.pretrain import Pretrain
 from beit.image import BadImage
 from beit.recipes import FOLDER
 from beit.run import Stopped
-from beit.settings import RunError
+from beit.settings import RunError, describe_settings, to_toml
 from beit.weight_files import CheckpointError
 
 if sys.version_info >= (3, 11):
@@ -431,6 +434,21 @@ def test_flags_of_epochs_override_the_steps_of_a_recipe(tmp_path: Path) -> None:
         (["--lr", "1"], {"steps": 500, "warmup-steps": 100}),
     ):
         assert start_from(["pretrain", *words], "--recipe", str(file)).config == left
+
+
+@pytest.mark.parametrize("layers", [(), (2, 4)])
+def test_a_runs_own_settings_start_another_but_for_overwrite(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, layers: tuple[int, ...]
+) -> None:
+    """run.toml holds an empty list where no layer was named; and who goes on by it wants no run gone."""
+    own = {"out": tmp_path / "a", "probe_layers": layers, "overwrite": True}
+    first = Pretrain(Path("photos"), tokenizer=Path("pixels"), **own)
+    (tmp_path / "run.toml").write_text(to_toml(describe_settings(first)))
+    monkeypatch.setattr(app, "config", app.config)  # the tests that follow have none
+    seen: list[Pretrain] = []
+    monkeypatch.setattr(beit.commands.pretrain, "train", lambda settings, _: seen.append(settings))
+    assert cli("pretrain", "-o", tmp_path / "b", config=tmp_path / "run.toml")[0] == 0
+    assert seen == [replace(first, out=tmp_path / "b", overwrite=False)]
 
 
 def test_a_key_outside_settings_is_an_error(tmp_path: Path) -> None:
