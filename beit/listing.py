@@ -566,9 +566,10 @@ def _tar_members(file: str) -> list[tuple[str, str | None, int, int]]:
                     label = _label(extension, content.read())
                     if label is not None:
                         labels[key], taken[key] = label, ranks[extension]
-            # Where a header is damaged or the file is cut tarfile ends as if all were there.
+            # Where a header is damaged or cut tarfile ends as if all were there. Some writers leave out the
+            # zeros at the end, as GNU's tar accepts.
             stream.seek(tar.offset)
-            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            if stream.read(tarfile.BLOCKSIZE) not in (b"", bytes(tarfile.BLOCKSIZE)):
                 raise tarfile.ReadError(f"it is damaged or cut at byte {tar.offset:,}")
     except tarfile.TarError as error:
         raise ValueError(
