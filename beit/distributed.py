@@ -100,6 +100,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def begun_anew() -> bool:
+    """Whether torchrun (--max-restarts) or Slurm (requeue) gives the command again. All must call this."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(on_each(lambda: any(os.environ.get(name, "0") != "0" for name in counts)))
+
+
 def say(text: str) -> None:
     """Print a line on stderr, once for all processes."""
     if is_main():

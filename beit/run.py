@@ -76,7 +76,8 @@ class Run:
     """One run in one folder.
 
     settings: the command's frozen dataclass. Raises RunError where the folder holds something else,
-    or a run with other settings, and says which.
+    or a run with other settings, and says which. overwrite: begin again where it holds a run, but not
+    when torchrun or Slurm gives the command again, or each of their restarts would lose what it saved.
     """
 
     def __init__(self, out: Path, settings: Any, overwrite: bool = False) -> None:
@@ -88,7 +89,11 @@ class Run:
         self._training: Training | None = None
         self._board: Any = None
         self._progress: Progress | None = None
-        distributed.on_main(lambda: self._open(settings, overwrite))
+        self._overwritten = overwrite
+        again = overwrite and distributed.begun_anew()
+        if again:
+            distributed.say(f"{self.out}: begun anew by who started it, so without --overwrite")
+        distributed.on_main(lambda: self._open(settings, overwrite and not again))
 
     def _open(self, settings: Any, overwrite: bool) -> None:
         file = self.out / "run.toml"
@@ -362,7 +367,7 @@ class Run:
                     return None
                 what = f"stopped; step {training.step} of {total} could not be saved"
                 if self._is_saved(training.step):
-                    what = stopped_at(training.step, total)
+                    what = stopped_at(training.step, total, self._overwritten)
                 elif not distributed.is_main():
                     time.sleep(4)  # while the main process saves
                 elif training.is_finite_here() and not training.is_sharded:
@@ -370,7 +375,7 @@ class Run:
                     files["model.safetensors"] |= watch.buffers
                     try:
                         self._write(training, files, keep_last, keep_every)
-                        what = stopped_at(training.step, total)
+                        what = stopped_at(training.step, total, self._overwritten)
                     except CannotWrite as error:
                         what, code = str(error), error.exit_code
                 progress.close()
@@ -417,14 +422,16 @@ class Run:
                             self.save(training, keep_last, keep_every)
                         saved = time.monotonic()
                     if stopping:
-                        raise Stopped(stop.exit_code or 143, stopped_at(training.step, total))
+                        raise Stopped(
+                            stop.exit_code or 143, stopped_at(training.step, total, self._overwritten)
+                        )
             if training.skipped >= total > 0:
                 raise NotFinite(
                     f"{self.out}: none of {total} updates was finite, so nothing was learned. Begin again "
                     "in another --out with a lower --lr, a --clip-grad-norm, or --precision fp32"
                 )
             if stop:  # it came while the last step was saved
-                raise Stopped(stop.exit_code, stopped_at(training.step, total))
+                raise Stopped(stop.exit_code, stopped_at(training.step, total, self._overwritten))
         finally:
             self._progress = None
             close(ahead)
@@ -507,9 +514,10 @@ def step_of(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
 
-def stopped_at(step: int, total: int) -> str:
+def stopped_at(step: int, total: int, overwritten: bool) -> str:
     """What is said at the end of a run that was asked to stop."""
-    return f"stopped and saved at step {step} of {total}; give the same command to go on"
+    but_for = " without --overwrite" if overwritten else ""
+    return f"stopped and saved at step {step} of {total}; give the same command{but_for} to go on"
 
 
 def check_folder(out: Path, settings: Any, overwrite: bool) -> None:
@@ -517,6 +525,7 @@ def check_folder(out: Path, settings: Any, overwrite: bool) -> None:
 
     Settings that may be chosen later, being None, are not compared. Raises RunError.
     """
+    overwrite = overwrite and not distributed.begun_anew()
 
     def check() -> None:
         begins_again = overwrite and (out / "run.toml").exists()

@@ -34,7 +34,16 @@ import beit.run
 from beit.atomic import CannotWrite
 from beit.folder_lock import FolderTaken
 from beit.optim import EMA, adamw, update
-from beit.run import NotFinite, Run, Stopped, read_metrics, step_seed, weights_hash
+from beit.run import (
+    NotFinite,
+    Run,
+    Stopped,
+    check_folder,
+    read_metrics,
+    step_seed,
+    stopped_at,
+    weights_hash,
+)
 from beit.settings import FREE_SETTINGS, RunError
 from beit.snapshots import DTYPES, write_tensors
 from beit.training import OptimizerWatch, load_optimizer_tensors, optimizer_tensors
@@ -946,6 +955,26 @@ def test_a_run_killed_while_it_began_begins_again(tmp_path: Path) -> None:
     assert Run(tmp_path, Settings()).checkpoints.is_dir()
     (tmp_path / "checkpoints").rmdir()
     assert Run(tmp_path, Settings()).checkpoints.is_dir()
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_does_not_overwrite_what_it_was_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Those who start processes again give them the same words, --overwrite among them."""
+    Run(tmp_path / "run", Settings())
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    monkeypatch.setenv(name, "1")
+    check_folder(tmp_path / "run", Settings(), overwrite=True)
+    assert Run(tmp_path / "run", Settings(), overwrite=True).read_metrics() == [{"step": 1}]
+    assert "so without --overwrite" in capsys.readouterr().err
+    monkeypatch.setenv(name, "0")
+    assert Run(tmp_path / "run", Settings(), overwrite=True).read_metrics() == []
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_a_stopped_run_is_gone_on_with_without_overwrite(overwritten: bool) -> None:
+    assert (" without --overwrite to go on" in stopped_at(3, 9, overwritten)) == overwritten
 
 
 def test_a_killed_overwrite_leaves_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
