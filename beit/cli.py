@@ -230,7 +230,8 @@ def run() -> None:
             raise ValueError(f"{start[0]} is for a command: beit finetune flowers/ {start[0]} ...")
         app.config = [start_from(words, *start)] if start else []
         trains = bool(words) and words[0] in TRAININGS
-        with stop_at_once() if trains else nullcontext(), lasting_output() if trains else nullcontext():
+        alone = stop_at_once(kept(words)) if trains else nullcontext()
+        with alone, lasting_output() if trains else nullcontext():
             app(words, exit_on_error=False)
     except CycloptsError as error:  # it has said what is wrong
         command = f"beit {words[0]}" if words and words[0] in COMMANDS else "beit"
@@ -240,9 +241,8 @@ def run() -> None:
             print(f"`{command} --help` tells more, with an example", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        kept = str(stop) or STOPPED.get(words[0] if words else "", "")
         with suppress(OSError):
-            print("; ".join(filter(None, ("stopped", kept))), file=sys.stderr)
+            print("; ".join(filter(None, ("stopped", str(stop) or kept(words)))), file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         drop_output()
@@ -261,6 +261,14 @@ def run() -> None:
         except OSError:  # it was what failed
             drop_output()
         sys.exit(code)
+
+
+def kept(words: list[str]) -> str:
+    """What Ctrl-C or a signal leaves of a command, and what to type next; a training would begin again
+    with --overwrite."""
+    told = STOPPED.get(words[0] if words else "", "")
+    overwrites = "--overwrite" in words and words[0] in TRAININGS
+    return told.replace("command", "command without --overwrite") if overwrites else told
 
 
 def with_commas(words: list[str]) -> str:
@@ -338,7 +346,9 @@ def start_from(words: list[str], option: str, name: str) -> Config:
     for flag, other in (("--epochs", "steps"), ("--warmup-epochs", "warmup_steps")):
         if flag in given:  # two ways to say one thing, of which the recipe's would win
             values.pop(other, None)
-    if option == "--config":  # an empty list names nothing, which no flag can; what was to go, has gone
+    if (
+        option == "--config"
+    ):  # no flag says an empty list; that run may have overwritten, this one asks for itself
         values = {k: v for k, v in values.items() if v != [] and k != "overwrite"}
     options = {key.replace("_", "-"): value for key, value in values.items()}
     return Config(options, use_commands_as_keys=False, source=str(file))

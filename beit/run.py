@@ -89,7 +89,7 @@ class Run:
         self._training: Training | None = None
         self._board: Any = None
         self._progress: Progress | None = None
-        self._overwritten = overwrite
+        self._again = "the same command without --overwrite" if overwrite else "the same command"
         again = overwrite and distributed.begun_anew()
         if again:
             distributed.say(f"{self.out}: begun anew by who started it, so without --overwrite")
@@ -264,7 +264,7 @@ class Run:
             kept = [step_of(folder) for folder in snapshots(self.checkpoints)]
             raise CannotWrite(
                 f"cannot write the checkpoint {folder}: {error.strerror or error}. "
-                f"Make room there, then give the same command to go on from step {max(kept, default=0)}"
+                f"Make room there, then give {self._again} to go on from step {max(kept, default=0)}"
             ) from error
 
     def resume(self, training: Training) -> None:
@@ -279,7 +279,7 @@ class Run:
         except OSError as error:
             raise CannotWrite(
                 f"cannot read the checkpoints of {self.out}: {error.strerror or error}. They may be whole: "
-                "when the disk answers again give the same command to go on"
+                f"when the disk answers again give {self._again} to go on"
             ) from error
         if newest is not None:
             training.load(*load_snapshot(newest))
@@ -367,7 +367,7 @@ class Run:
                     return None
                 what = f"stopped; step {training.step} of {total} could not be saved"
                 if self._is_saved(training.step):
-                    what = stopped_at(training.step, total, self._overwritten)
+                    what = stopped_at(training.step, total, self._again)
                 elif not distributed.is_main():
                     time.sleep(4)  # while the main process saves
                 elif training.is_finite_here() and not training.is_sharded:
@@ -375,7 +375,7 @@ class Run:
                     files["model.safetensors"] |= watch.buffers
                     try:
                         self._write(training, files, keep_last, keep_every)
-                        what = stopped_at(training.step, total, self._overwritten)
+                        what = stopped_at(training.step, total, self._again)
                     except CannotWrite as error:
                         what, code = str(error), error.exit_code
                 progress.close()
@@ -423,7 +423,7 @@ class Run:
                         saved = time.monotonic()
                     if stopping:
                         raise Stopped(
-                            stop.exit_code or 143, stopped_at(training.step, total, self._overwritten)
+                            stop.exit_code or 143, stopped_at(training.step, total, self._again)
                         )
             if training.skipped >= total > 0:
                 raise NotFinite(
@@ -431,7 +431,7 @@ class Run:
                     "in another --out with a lower --lr, a --clip-grad-norm, or --precision fp32"
                 )
             if stop:  # it came while the last step was saved
-                raise Stopped(stop.exit_code, stopped_at(training.step, total, self._overwritten))
+                raise Stopped(stop.exit_code, stopped_at(training.step, total, self._again))
         finally:
             self._progress = None
             close(ahead)
@@ -514,10 +514,9 @@ def step_of(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
 
-def stopped_at(step: int, total: int, overwritten: bool) -> str:
+def stopped_at(step: int, total: int, again: str) -> str:
     """What is said at the end of a run that was asked to stop."""
-    but_for = " without --overwrite" if overwritten else ""
-    return f"stopped and saved at step {step} of {total}; give the same command{but_for} to go on"
+    return f"stopped and saved at step {step} of {total}; give {again} to go on"
 
 
 def check_folder(out: Path, settings: Any, overwrite: bool) -> None:

@@ -60,12 +60,16 @@ class StopRequest:
 
 
 class _StopNow(StopRequest):
+    def __init__(self, then: str) -> None:
+        super().__init__()
+        self.then = then
+
     def receive(self, number: int, _frame: object) -> None:
         self.exit_code = exit_code_of(number)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         name = signal.Signals(number).name
-        print(f"beit: stopped by {name}; give the same command to go on", file=sys.stderr)
+        print(f"beit: stopped by {name}; {self.then}", file=sys.stderr)
         # Not Stopped: whoever reads a broken file catches every Exception, and would say it is broken.
         raise SystemExit(self.exit_code)
 
@@ -92,12 +96,13 @@ def stop_signals(rescue: Rescue = lambda code: code) -> Iterator[StopRequest]:
 
 
 @contextmanager
-def stop_at_once() -> Iterator[None]:
+def stop_at_once(then: str = "give the same command to go on") -> Iterator[None]:
     """Outside a loop, where all is on the disk: stop signals raise SystemExit or KeyboardInterrupt.
 
-    Where Python cannot raise, inside a long call of C, the process ends after 5 s.
+    Where Python cannot raise, inside a long call of C, the process ends after 5 s. then: what is said
+    besides of a signal.
     """
-    with _watched(_StopNow(), lambda code: code) as request:
+    with _watched(_StopNow(then), lambda code: code) as request:
         try:
             yield
         except Exception as error:

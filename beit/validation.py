@@ -111,7 +111,7 @@ class Validation:
         except OSError as error:
             raise CannotWrite(
                 f"cannot write the best epoch to {self.out}: {error.strerror or error}. Make room there, "
-                "then give the same command to go on"
+                "then give the same command, without --overwrite, to go on"
             ) from error
 
     def best_weights(self) -> Mapping[str, Tensor]:

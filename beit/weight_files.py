@@ -21,6 +21,8 @@ from beit.graphs import is_graph
 from beit.plural import counted
 from beit.unpickle import Inert, module_tensors, read_weights
 
+MAX_JSON_BYTES = 1 << 24  # the names of 21,841 classes, twice, are 1.7 MB
+CONTAINERS = ("model", "module", "state_dict", "weights")
 GRAPH = (
     "an exported graph, which classify, embed, evaluate, serve, bench and info take{}; here the model is "
     "needed that it was exported from, such as the run's folder"
@@ -31,10 +33,6 @@ class CheckpointError(ValueError):
     """A model that cannot be used, and why."""
 
     exit_code = 5
-
-
-MAX_JSON_BYTES = 1 << 24  # the names of 21,841 classes, twice, are 1.7 MB
-CONTAINERS = ("model", "module", "state_dict", "weights")
 
 
 def file_tensors(path: Path) -> tuple[Any, dict[str, Tensor], dict[str, str]]:

@@ -360,6 +360,10 @@ AGAIN = "kept, give the same command to begin again"
         (("embed", "-m", "m", "-o", "o"), "find_pictures", f"whole shards are {GO_ON}"),
         (("shard", "s"), "open_source", f"whole shards are {GO_ON}"),
         (("finetune",), "open_source", f"what was saved is {GO_ON}"),
+        (
+            ("finetune", "--overwrite"), "open_source",
+            "what was saved is kept, give the same command without --overwrite to go on",
+        ),
         (("check",), "open_source", f"nothing is {AGAIN}"),
         (("probe", "-m", "m"), "open_source", f"nothing is {AGAIN}"),
         (("export", "--to", "torch"), "load_model", f"nothing is {AGAIN}"),

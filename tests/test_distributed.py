@@ -406,7 +406,7 @@ def test_processes_that_torchrun_begins_anew_meet_each_other_and_not_the_dead(tm
     script.write_text(BEGUN_ANEW)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "4", str(script), str(tmp_path)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     met = {file.name: file.read_text() for file in tmp_path.glob("[0-9]-[0-9]")}
     assert met == {f"{n}-{rank}": f"[{n}, {n}]" for n in range(5) for rank in range(2)}

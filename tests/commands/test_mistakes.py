@@ -442,7 +442,7 @@ def test_a_full_disk_says_what_to_do_and_keeps_what_was_saved(
     code, _, err = cli(*command)
     assert code == 6
     assert "cannot write" in err
-    assert "Make room there, then give the same command to go on" in err
+    assert "Make room there, then give the same command, without --overwrite, to go on" in err
     monkeypatch.undo()
     code, _, err = cli(*command)
     assert code == 0
