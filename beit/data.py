@@ -79,17 +79,17 @@ class ImageSource:
         """Picture `index` as uint8 (H, W, 3) RGB. Raises BadImage."""
         return self.open(index).read()
 
-    def with_classes(self, classes: Sequence[str]) -> ImageSource:
-        """The same pictures, their labels renumbered to a model's classes, by name.
+    def with_classes(self, classes: Sequence[str], owner: str = "the model") -> ImageSource:
+        """The same pictures, their labels renumbered to the classes of a model, or another owner, by name.
 
-        Classes without a picture here are named on stderr; ones the model does not know are an error.
+        Classes without a picture here are named on stderr; ones the owner does not know are an error.
         """
         present = {self.classes[label] for label in np.unique(self.labels)}
         unknown = sorted(present - set(classes))
         if unknown:
             raise ValueError(
-                f"the data has classes the model does not know: {_some(unknown)}; "
-                f"the model's are {_some(list(classes))}; rename those, or take them out"
+                f"the data has classes {owner} does not know: {_some(unknown)}; "
+                f"{owner}'s are {_some(list(classes))}; rename those, or take them out"
             )
         absent = [name for name in classes if name not in present]
         if absent:

@@ -22,6 +22,7 @@ from beit.data import ImageSource
 from beit.features import default_layer, layer_states
 from beit.image import BadImage, preprocess
 from beit.model import Beit, BeitForImageClassification
+from beit.plural import counted
 from beit.precision import Precision
 from beit.probe import fit_best_probe, fit_probe, stratified_fifth
 from beit.workers import load_ahead
@@ -118,7 +119,10 @@ def features_of(
     workers: int,
     chosen: np.ndarray | None = None,
 ) -> Features:
-    """What a head on each of the layers would get, for the pictures of a source or some, by number (m,)."""
+    """What a head on each of the layers would get, for the pictures of a source or some, by number (m,).
+
+    Those that cannot be read are named on stderr; ValueError where none can.
+    """
     numbers = np.arange(len(source)) if chosen is None else chosen
     kept: list[int] = []
 
@@ -146,6 +150,10 @@ def features_of(
         for states in layer_states(model, batches(), layers, precision)
     ]
     model.train(was_training)
+    if not pooled:
+        raise ValueError(
+            f"none of {counted(len(numbers), 'picture')} can be read; `beit check` tells why"
+        )
     features = torch.cat(pooled).unbind(dim=1)
     return Features(np.array(kept, dtype=np.int64), dict(zip(layers, features, strict=True)))
 

@@ -148,7 +148,7 @@ def open_labelled(
     if val is not None or (has_split(data, "train") and has_split(data, "val")):
         place = val or data
         given = with_truth(open_source(place, "val", labelled=True), place, train.truth.ndim == 2)
-        other = in_order(given, classes, place)
+        other = in_order(given, classes, place, "the training part")
         divided = distributed.on_main(lambda: divide(train.source, other.source, 0, seed, workers))
         readable = divided.val - len(train.source)
         if not len(readable):
@@ -164,18 +164,18 @@ def open_labelled(
     return Labelled(*sides, (train.source,), divided, True)
 
 
-def in_order(side: Side, classes: tuple[str, ...], place: Path) -> Side:
-    """The same pictures, their labels those of a model with these classes, matched by name."""
+def in_order(side: Side, classes: tuple[str, ...], place: Path, owner: str) -> Side:
+    """The same pictures, their labels numbered as their owner's classes are, matched by name."""
     try:
-        source = side.source.with_classes(classes)
+        source = side.source.with_classes(classes, owner)
     except ValueError as error:
-        raise ValueError(f"{place} and the training pictures differ: {error}") from None
+        raise ValueError(f"{place}: {error}") from None
     if side.truth.ndim == 1:
         return Side(source, source.labels)
     truth = np.zeros((len(source), len(classes)), dtype=bool)
     for number, name in enumerate(side.source.classes):
         if name not in classes and side.truth[:, number].any():
-            raise ValueError(f"{place} has the label {name!r}, which the training pictures have not")
+            raise ValueError(f"{place} has the label {name!r}, which {owner} does not know")
         if name in classes:
             truth[:, classes.index(name)] = side.truth[:, number]
     return Side(source, truth)

@@ -154,16 +154,17 @@ class CodebookUse(NamedTuple):
 
     live: float  # share of codes used at least once
     perplexity: float  # exp of the entropy: as many equally used codes would look like this
+    commonest: float  # share of the code used most: how often guessing it blindly would be right
 
 
 def codebook_use(counts: np.ndarray) -> CodebookUse:
     """Of the counts (V,) of each code. Judge `live` on many times V tokens."""
     total = counts.sum()
     if total == 0:
-        return CodebookUse(0.0, 0.0)
+        return CodebookUse(0.0, 0.0, 0.0)
     share = counts[counts > 0] / total
     entropy = -float((share * np.log(share)).sum())
-    return CodebookUse(float((counts > 0).mean()), math.exp(entropy))
+    return CodebookUse(float((counts > 0).mean()), math.exp(entropy), float(share.max()))
 
 
 def psnr(mse: float) -> float:

@@ -271,8 +271,8 @@ class Run:
         """Load the newest checkpoint whose sums are right; without one, all stays as it is.
 
         Metrics logged after it are dropped: they will be logged again. What cannot be read is renamed
-        to unreadable-step-..., so that it never counts as one again. Raises RunError where the finished
-        model is there and no checkpoint, such as after somebody made room.
+        to unreadable-step-..., so that it never counts as one again. Raises RunError where all would be
+        done again: none can be read, or the finished model is there without one.
         """
         try:
             newest = distributed.on_main(self._newest)
@@ -283,6 +283,12 @@ class Run:
             ) from error
         if newest is not None:
             training.load(*load_snapshot(newest))
+        elif torn := distributed.on_main(lambda: len(list(self.checkpoints.glob("unreadable-step-*")))):
+            raise RunError(
+                f"none of the checkpoints in {self.checkpoints} can be read ({torn} set aside, as "
+                "unreadable-step-...). Put a whole copy of one there to go on from it, give --overwrite to "
+                "begin again, or another --out"
+            )
         elif distributed.on_main(lambda: self.finished):
             raise RunError(
                 f"{self.out} holds a finished run without a checkpoint, so that all of it would be done "

@@ -109,9 +109,10 @@ class Watch:
             return {f"effective_rank_{i}": effective_rank(x.numpy()) for i, x in seen.layers.items()}
         known = features_of(model, self.train, layers, self.precision, self.workers)
         asked = features_of(model, self.test, layers, self.precision, self.workers)
+        self.train, self.test = take(self.train, known.kept), take(self.test, asked.kept)  # told once
         device = model.cls_token.device if model.cls_token.is_cuda else torch.device("cpu")
-        y = torch.from_numpy(self.train.labels[known.kept]).to(device)
-        truth = torch.from_numpy(self.test.labels[asked.kept]).to(device)
+        y = torch.from_numpy(self.train.labels).to(device)
+        truth = torch.from_numpy(self.test.labels).to(device)
         fifth = stratified_fifth(y.cpu().numpy(), seed=0).to(device)  # chooses the penalty
         some = spread(len(truth), MOST_FOR_RANK)
         classes, look = len(self.train.classes), {}
@@ -225,7 +226,7 @@ def probe_pictures(place: Path, seed: int, workers: int) -> tuple[ImageSource, I
     check_one_label(known, place)
     asked, how = known, ""
     if has_split(place, "val"):
-        asked = open_source(place, "val", labelled=True).with_classes(known.classes)
+        asked = open_source(place, "val", labelled=True).with_classes(known.classes, "its train part")
     else:
         if len(known) > MOST_KNOWN + MOST_ASKED:  # each is decoded
             known = take(known, share_of_each(known.labels, MOST_KNOWN + MOST_ASKED, seed))

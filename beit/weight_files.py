@@ -39,6 +39,10 @@ def file_tensors(path: Path) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
     """What a file holds, the state dict in it, and what lay beside that dict."""
     if is_graph(path):
         raise CheckpointError(f"{path} is {GRAPH.format('')}")
+    if path.suffix == ".toml":
+        raise CheckpointError(f"{path} is settings, not a model; its folder may be one")
+    if path.name == "optimizer.safetensors":
+        raise CheckpointError(f"{path} is what an optimiser keeps; the weights are in model.safetensors")
     content = read_weights(path)
     if isinstance(content, Inert):
         return content, module_tensors(content), {}
@@ -99,6 +103,13 @@ def read_config_json(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"the run {folder} has not finished; give its command again and it will go on"
             )
+        if (folder / "optimizer.safetensors").is_file():
+            raise CheckpointError(
+                f"{folder} is a checkpoint of a training: give its command again to go on from it; its "
+                f"weights as they were are {folder / 'model.safetensors'}"
+            )
+        if (folder / "shards.json").is_file():
+            raise CheckpointError(f"{folder} holds shards of pictures, to be given as DATA; not a model")
         if graphs := sorted(filter(is_graph, folder.iterdir())):
             raise CheckpointError(f"{folder} holds {GRAPH.format(f' as {graphs[0]}')}")
         raise CheckpointError(

@@ -275,6 +275,18 @@ def test_unfinished_run_is_told_apart_from_no_model(tmp_path: Path) -> None:
     refused(tmp_path, "has not finished; give its command again")
 
 
+def test_what_stands_beside_models_is_said_to_be_what_it_is(tmp_path: Path) -> None:
+    moments = tmp_path / "optimizer.safetensors"
+    save_file({"blocks.0.attn.qkv.weight.exp_avg": torch.zeros(2)}, moments)
+    refused(moments, "is what an optimiser keeps; the weights are in model.safetensors")
+    refused(tmp_path, "is a checkpoint of a training", str(tmp_path / "model.safetensors"))
+    moments.unlink()
+    (tmp_path / "shards.json").write_text("{}")
+    refused(tmp_path, "holds shards of pictures, to be given as DATA")
+    (tmp_path / "run.toml").write_text("seed = 0")
+    refused(tmp_path / "run.toml", "is settings, not a model")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", b"model: beit"])
 def test_config_that_is_not_json(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)

@@ -80,6 +80,8 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(
     assert features.kept.tolist() == [i for i in range(60) if i != 3]
     assert len(features.layers[2]) == 59
     assert "disc/03.png" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="none of 1 picture can be read"):
+        features_of(model(), source, [2], "fp32", 1, np.array([3]))
 
 
 @pytest.mark.parametrize(

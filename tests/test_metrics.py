@@ -151,17 +151,19 @@ def test_equally_used_codes_have_their_number_as_perplexity(equal: int, of: int)
     use = codebook_use(np.array([13] * equal + [0] * (of - equal)))
     assert use.live == equal / of
     assert use.perplexity == pytest.approx(equal)
+    assert use.commonest == pytest.approx(1 / equal)
 
 
 def test_perplexity_is_the_exponential_of_the_entropy() -> None:
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     use = codebook_use(np.array([30, 0, 10, 0]))
     assert use.live == 0.5
+    assert use.commonest == 0.75
     assert use.perplexity == pytest.approx(math.exp(entropy))
 
 
 def test_unused_codebook_is_dead_rather_than_an_error() -> None:
-    assert codebook_use(np.zeros(4, dtype=np.int64)) == (0.0, 0.0)
+    assert codebook_use(np.zeros(4, dtype=np.int64)) == (0.0, 0.0, 0.0)
 
 
 def test_psnr_is_twenty_decibels_a_decimal_place_of_error() -> None:

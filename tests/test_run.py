@@ -252,6 +252,18 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(
     assert names == {"step-00000008", "step-00000012", "unreadable-step-00000008"}
 
 
+def test_a_run_none_of_whose_checkpoints_can_be_read_is_not_begun_again(tmp_path: Path) -> None:
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", stop_after=10).go()
+    for file in tmp_path.glob("run/checkpoints/*/model.safetensors"):
+        file.write_bytes(b"")
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text()
+    for _ in range(2):  # and not when it is tried once more
+        with pytest.raises(RunError, match=r"none of the checkpoints .* \(2 set aside.* --overwrite"):
+            train(tmp_path / "run").go()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == logged
+
+
 def test_a_disk_that_does_not_answer_costs_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any
 ) -> None:
@@ -335,16 +347,6 @@ def test_a_stop_signal_while_an_error_is_saved_waits_for_that(
     again = train(tmp_path / "run")
     same(again.go(), unbroken[0])
     assert again.seen[0] == 3
-
-
-def test_without_a_readable_checkpoint_the_run_begins_again(tmp_path: Path, unbroken: Any) -> None:
-    with pytest.raises(PowerCut):
-        train(tmp_path / "run", stop_after=5).go()
-    (tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
-    second = train(tmp_path / "run")
-    same(second.go(), unbroken[0])
-    assert second.seen[0] == 0
-    assert second.run.metrics_file.read_text() == unbroken[1]
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoints(

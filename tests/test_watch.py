@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,21 @@ def test_a_set_of_four_pictures_is_probed(shapes: Path, tmp_path: Path, model: B
     looks = watch(tmp_path / "run", shapes, train=known, test=asked)
     looks.look(model, 0)
     assert looks.looks[0].keys() > {"linear_1", "knn_2", "effective_rank_2"}
+
+
+def test_pictures_that_cannot_be_read_are_named_once_and_counted_out(
+    shapes: Path, tmp_path: Path, model: Beit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(shapes, tmp_path / "data")
+    (data / "val" / "disc" / "00.png").write_text("no picture")
+    known, asked = probe_pictures(data, seed=0, workers=0)
+    looks = watch(tmp_path / "run", shapes, train=known, test=asked)
+    for step in (0, 4):
+        looks.look(model, step)
+    assert capsys.readouterr().err.count("left out: ") == 1
+    looks.write_page("A run", [], 16)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"Share of {len(asked) - 1} labelled pictures" in page
 
 
 def test_the_rank_is_that_of_pictures_spread_over_the_classes(

@@ -202,7 +202,7 @@ def in_the_models_words(engine: Engine, settings: Evaluate, side: Side) -> tuple
         )
     if settings.real_labels is not None:
         raise ValueError("--real-labels is for ImageNet, whose pictures have one label each")
-    return in_order(side, tuple(engine.labels), settings.data), "name"
+    return in_order(side, tuple(engine.labels), settings.data, "the model"), "name"
 
 
 def without_pictures(side: Side, labels: Sequence[str]) -> list[str]:

@@ -112,7 +112,8 @@ class Pretrain:
     gradient_checkpointing: bool = False
     """Less memory, more time."""
     compile: bool = False
-    """Compile each block, and DALL-E's encoder, with torch.compile: minutes more to start."""
+    """Compile each block, and DALL-E's encoder, with torch.compile: half a minute more to
+    start, or more; needs a compiler of C++."""
     shard: bool = False
     """Spread weights and moments over the processes (FSDP2), for models that do not fit one GPU."""
     device: str = "auto"
@@ -322,9 +323,10 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         if (step + 1) % settings.log_every == 0 or step + 1 == total:
             line = {"loss": loss.item()}
             if not pixels:
-                perplexity = codebook_use(distributed.total(used).cpu().numpy()).perplexity
+                use = codebook_use(distributed.total(used).cpu().numpy())
                 line["token_accuracy"] = (distributed.mean(right) / count).item()
-                line["target_perplexity"] = perplexity
+                line["commonest_token"] = use.commonest
+                line["target_perplexity"] = use.perplexity
             line["masked_ratio"] = count.item() / batch.masks.size
             run.log(step + 1, **line, lr=lr, grad_norm=state.norm.item())
 
@@ -342,8 +344,11 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     whole.image_spec = spec
     distributed.on_main(lambda: save(whole, run.out, provenance))
     last = {k: v for k, v in run.read_metrics()[-1].items() if isinstance(v, (int, float))}
-    chance = 1 / tokenizer.vocab_size
-    guessed = f"{last.get('token_accuracy', 0):.1%} of masked tokens guessed, chance {chance:.2%}"
+    blindly = last.get("commonest_token", 1 / tokenizer.vocab_size)
+    guessed = (
+        f"{last.get('token_accuracy', 0):.1%} of masked tokens guessed, {blindly:.1%} by always saying "
+        "the commonest"
+    )
     if tokenizer.vocab_size == 8192:
         guessed += "; about 5 % is normal for 8192 tokens"
     if pixels:
@@ -518,7 +523,8 @@ def expected_ranges(
     blind = heads * (math.log(last["target_perplexity"]) if tokens else 1.0)
     rank = next(key for key in now if key.startswith("effective_rank"))
     published = "; about 5 % at the end with DALL-E's 8,192" if vocab_size == 8192 else ""
-    chance = f"above {1 / vocab_size:.2%}{published}"
+    blindly = last.get("commonest_token", 1 / vocab_size)
+    guessing = f"above {blindly:.1%}, the share of the commonest token{published}"
     alive = f"not falling towards 1; {first[rank]:.0f} at step {first['step']}"
     waiting = f"{last.get('data_wait_percent', 0):.0f} %"
     rows = [
@@ -531,7 +537,7 @@ def expected_ranges(
     if tokens:
         perplexity = f"{last['target_perplexity']:.0f} of {vocab_size}"
         rows[2:2] = [
-            ("hidden tokens guessed", f"{last['token_accuracy']:.1%}", chance),
+            ("hidden tokens guessed", f"{last['token_accuracy']:.1%}", guessing),
             ("tokens in use (perplexity)", perplexity, "steady"),
         ]
     return rows

@@ -171,7 +171,7 @@ def sides(settings: Probe) -> tuple[ImageSource, ImageSource]:
             f"{data} has one class; a probe tells two or more apart, each in a folder of its name"
         )
     if has_split(data, "train") and has_split(data, split) and split != "train":
-        test = open_source(data, split, labelled=True).with_classes(train.classes)
+        test = open_source(data, split, labelled=True).with_classes(train.classes, "its train part")
         return train, test
     if split != "val":
         open_source(data, split)  # tells of a folder that has train and not this

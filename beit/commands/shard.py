@@ -66,9 +66,9 @@ def shard(settings: Shard) -> dict[str, int]:
     splits = [split for split in SPLITS if has_split(settings.data, split)]
     sources = {split: open_source(settings.data, split) for split in splits}
     sources = sources or {"shard": open_source(settings.data)}
-    classes = next(iter(sources.values())).classes
+    first, classes = next((split, source.classes) for split, source in sources.items())
     sources = {
-        split: source.with_classes(classes) if source.classes else source
+        split: source.with_classes(classes, f"its {first} part") if source.classes else source
         for split, source in sources.items()
     }
     number = {split: -(-len(source) // settings.shard_size) for split, source in sources.items()}

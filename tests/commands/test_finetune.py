@@ -340,7 +340,7 @@ def test_data_that_cannot_be_learned_from_is_named(
     for data, val, cause in (
         (shapes / "train" / "disc", None, "has no classes; put each class's pictures in a folder"),
         (tmp_path / "one", None, "has one class (disc); two or more are needed"),
-        (shapes / "train", other, "classes the model does not know: hexagon"),
+        (shapes / "train", other, "classes the training part does not know: hexagon"),
     ):
         if data.name == "one":
             (data / "disc").mkdir(parents=True)

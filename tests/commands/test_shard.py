@@ -213,7 +213,7 @@ def test_a_validation_class_that_train_lacks_is_refused(cli: Cli, data: Path, tm
     (data / "val" / "disc").rename(data / "val" / "oval")
     code, _, err = cli("shard", data, tmp_path / "s")
     assert code == 2
-    assert "classes the model does not know: oval" in err
+    assert "classes its train part does not know: oval; its train part's are" in err
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked on Linux")
