@@ -1,7 +1,10 @@
-"""Numbers within bounds, as types of settings: what is beyond them is refused before any work."""
+"""Settings within bounds, as types: what is beyond them is refused before any work."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -33,3 +36,17 @@ def _numbers(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
 Numbers = Annotated[
     tuple[int, ...], Parameter(consume_multiple=True, converter=_numbers, validator=Number(gt=0))
 ]
+
+
+def _has_compiler(_: Any, compile: bool | None) -> None:
+    name = os.environ.get(
+        "CXX", "clang++" if sys.platform == "darwin" else "g++"
+    )  # as torch looks for it
+    if compile and sys.platform != "win32" and shutil.which(name) is None:
+        raise ValueError(
+            f"torch.compile needs a compiler of C++, and {name} is not there: install it, name another by "
+            "CXX=..., or leave --compile out"
+        )
+
+
+Compile = Annotated[bool, Parameter(validator=_has_compiler)]

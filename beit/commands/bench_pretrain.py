@@ -38,7 +38,7 @@ from beit.model import BeitConfig, BeitForMaskedImageModeling, masked_of, varian
 from beit.optim import adamw, param_groups, update
 from beit.plural import counted
 from beit.precision import Precision, autocast, pick_device, resolve_precision
-from beit.ranges import NotNegative
+from beit.ranges import Compile, NotNegative
 from beit.tokenizer import DalleConfig, DalleTokenizer, Tokenizer
 from beit.tokenizer_files import load_tokenizer
 
@@ -60,7 +60,7 @@ class BenchPretrain:
     """Steps of a part in a turn."""
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
-    compile: bool = False
+    compile: Compile = False
     """Compile each block, and DALL-E's encoder, with torch.compile."""
     device: str = "auto"
     workers: NonNegativeInt = 2

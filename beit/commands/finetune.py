@@ -40,7 +40,7 @@ from beit.model import Beit, BeitForImageClassification, variant
 from beit.optim import EMA, adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.plural import counted
 from beit.precision import Precision, autocast, resolve_precision
-from beit.ranges import AboveZero, BelowOne, CropScale, Magnitude, NotNegative, Share
+from beit.ranges import AboveZero, BelowOne, Compile, CropScale, Magnitude, NotNegative, Share
 from beit.run import Run, check_folder, surroundings
 from beit.settings import describe_settings
 from beit.split import data_hash, write_split
@@ -122,7 +122,7 @@ class Finetune:
     """bf16 where the processor has it (auto), or fp32."""
     gradient_checkpointing: bool = False
     """Less memory, more time."""
-    compile: bool = False
+    compile: Compile = False
     """Compile each block with torch.compile."""
     device: str = "auto"
     workers: NonNegativeInt = 2

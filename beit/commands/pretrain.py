@@ -35,7 +35,7 @@ from beit.model import BeitForMaskedImageModeling, masked_of, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.plural import counted
 from beit.precision import Precision, autocast, resolve_precision
-from beit.ranges import AboveZero, BelowOne, CropScale, NotNegative, Numbers, Share
+from beit.ranges import AboveZero, BelowOne, Compile, CropScale, NotNegative, Numbers, Share
 from beit.run import Run, Stopped, check_folder, surroundings, weights_hash
 from beit.settings import settings_in_words
 from beit.split import data_hash
@@ -111,9 +111,9 @@ class Pretrain:
     """bf16 where the processor has it (auto), or fp32."""
     gradient_checkpointing: bool = False
     """Less memory, more time."""
-    compile: bool = False
-    """Compile each block, and DALL-E's encoder, with torch.compile: half a minute more to
-    start, or more; needs a compiler of C++."""
+    compile: Compile = False
+    """Compile each block, and DALL-E's encoder, with torch.compile: half a minute to two
+    more to start, and it needs a compiler of C++."""
     shard: bool = False
     """Spread weights and moments over the processes (FSDP2), for models that do not fit one GPU."""
     device: str = "auto"

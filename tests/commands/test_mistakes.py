@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -457,3 +458,16 @@ def test_a_name_beside_a_wrong_one_is_offered(place: Place, cli: Cli) -> None:
         code, _, err = cli(*words)
         assert code in (2, 5)
         assert f"did you mean {meant}?" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torch looks for cl there")
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_compiling_without_a_compiler_is_refused_before_any_work(
+    cli: Cli, place: Place, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    needed = {"tokenizer": place.tokenizer} if command == "pretrain" else {}
+    code, _, said = cli(command, place.data, out=place.out, compile=True, **needed)
+    assert code == 2
+    assert "no-such-compiler is not there: install it" in " ".join(said.split())
+    assert not place.out.exists()
