@@ -15,7 +15,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
 from itertools import dropwhile, takewhile
@@ -342,7 +341,7 @@ def start_from(words: list[str], option: str, name: str) -> Config:
     place = command.replace("-", "_")
     settings = getattr(import_module(f"beit.commands.{place}"), place.title().replace("_", ""))
     file = find_recipe(command, name) if option == "--recipe" else Path(name)
-    values = read_settings(file, {field.name for field in fields(settings)})
+    values = read_settings(file, settings)
     for flag, other in (("--epochs", "steps"), ("--warmup-epochs", "warmup_steps")):
         if flag in given:  # two ways to say one thing, of which the recipe's would win
             values.pop(other, None)

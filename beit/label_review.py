@@ -38,7 +38,6 @@ from beit.probe import (
 from beit.report import Page
 from beit.split import SEPARATOR
 
-FILE = "label_review.csv"
 SHOWN = 12
 NEIGHBOURS = 3
 MOST_NUMBERS = 2e8  # pictures x features x classes: a minute or so
@@ -93,9 +92,9 @@ def review(
         probability = out_of_fold(features, truth, len(data.classes), seed=seed)
         judged, right = review_labels(probability, truth), probability.argmax(dim=1) == truth
     suspects = suspects_of(pictures, truth, data.classes, judged, features)
-    write_label_review(folder / FILE, suspects)
     label_errors(
         page,
+        folder / "label_review.csv",
         suspects,
         f"Judged by a linear probe on {kind}, which is right for {right.double().mean():.1%} of the "
         f"{'answers' if data.several else 'labels'} that it has not seen.",
@@ -137,12 +136,13 @@ def suspects_of(
     return found
 
 
-def label_errors(page: Page, suspects: Sequence[Suspect], judged_by: str) -> None:
-    """The labels that a look should begin with."""
+def label_errors(page: Page, file: Path, suspects: Sequence[Suspect], judged_by: str) -> None:
+    """The labels that a look should begin with; a file has them all."""
+    _write_csv(file, suspects)
     likely = [s for s in suspects if s.confidence > 0.5][:SHOWN]
     page.section(
         "Labels that may be wrong",
-        f"{judged_by} {FILE} has all pictures in this order; correct the file names or "
+        f"{judged_by} {file.name} has all pictures in this order; correct the file names or "
         "folders of those that are wrong, and train again."
         if likely
         else f"None is contradicted with confidence. {judged_by}",
@@ -161,7 +161,7 @@ def label_errors(page: Page, suspects: Sequence[Suspect], judged_by: str) -> Non
         page.tiles(tiles)
 
 
-def write_label_review(file: Path, suspects: Sequence[Suspect]) -> None:
+def _write_csv(file: Path, suspects: Sequence[Suspect]) -> None:
     """A .csv of all labels, likeliest error first: path, label, suggested, confidence."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)

@@ -26,7 +26,7 @@ from beit.classifier_report import (
     same_pictures,
 )
 from beit.data import ImageSource, open_source
-from beit.label_review import label_errors, suspects_of, write_label_review
+from beit.label_review import label_errors, suspects_of
 from beit.metrics import calibration, confusion_matrix, top_k_accuracy
 from beit.probe import review_labels
 from beit.report import Page
@@ -123,9 +123,8 @@ def test_a_planted_label_error_is_first_with_neighbours_that_agree(
     assert len(first.alike) == 3
     assert all(labels[i] == 0 and i != 7 for _, i in first.alike)
     page = Page("t", "l")
-    label_errors(page, suspects, "Judged.")
+    label_errors(page, tmp_path / "review.csv", suspects, "Judged.")
     assert page.html().count("<img") == 4  # the picture and its neighbours; no other is contradicted
-    write_label_review(tmp_path / "review.csv", suspects)
     with (tmp_path / "review.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 30
@@ -184,7 +183,12 @@ def test_the_largest_page_is_under_five_megabytes(tmp_path: Path, count: int) ->
     labels = torch.from_numpy(truth)
     probability = torch.from_numpy(answers.logits).double().mul(9).softmax(dim=1)
     review, pictures = review_labels(probability, labels), [(many, n) for n in range(5000)]
-    label_errors(page, suspects_of(pictures, labels, names, review, torch.randn(5000, 8)), "")
+    label_errors(
+        page,
+        tmp_path / "review.csv",
+        suspects_of(pictures, labels, names, review, torch.randn(5000, 8)),
+        "",
+    )
     same_pictures(page, [("equal pixels", [many.name(0)] * 3)] * 5000)
     augmented(page, [np.asarray(noise)] * 16)
     assert page.html().count("<img") > 24 + 12 + 16

@@ -455,6 +455,15 @@ def test_a_runs_own_settings_start_another_but_for_overwrite(
     assert seen == [replace(first, out=tmp_path / "b", overwrite=False)]
 
 
+def test_the_run_of_another_command_starts_none(tmp_path: Path) -> None:
+    own = Pretrain(Path("photos"), tokenizer=Path("pixels"), out=tmp_path / "a")
+    (tmp_path / "run.toml").write_text(to_toml(describe_settings(own)))
+    with pytest.raises(
+        ValueError, match=r"run.toml is of beit pretrain, and this is beit train-tokenizer"
+    ):
+        start_from(["train-tokenizer"], "--config", str(tmp_path / "run.toml"))
+
+
 def test_a_key_outside_settings_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('source = "me"\nepochs = 1\n[settings]\nlr = 1e-3\n')

@@ -33,7 +33,7 @@ from beit.engine import Engine
 from beit.graphs import is_graph
 from beit.hub import synsets
 from beit.image import IMAGENET_MEAN, ImageSpec, timm_spec, transformers_spec, unilm_spec
-from beit.label_review import FILE, label_errors, suspects_of, write_label_review
+from beit.label_review import label_errors, suspects_of
 from beit.labelled import Side, in_order, with_truth
 from beit.metrics import (
     average_precision,
@@ -77,7 +77,8 @@ class Evaluate:
     out: Annotated[Path | None, Parameter(alias="-o")] = None
     """Write all numbers to this .json as well."""
     report: Path | None = None
-    """Write a page to this .html: confusions, calibration, the worst mistakes, labels that look wrong."""
+    """Write a page to this .html: confusions, calibration, the worst mistakes, labels that look wrong; all
+    labels, the most doubtful first, to PAGE_label_review.csv beside it."""
     max_bad_images: Share = 0.01
     """Share of the pictures that may be unreadable; they are left out. More end with exit code 4."""
     batch_size: PositiveInt = 64
@@ -286,8 +287,12 @@ def write_page(file: Path, settings: Evaluate, answers: Answers, notes: str) -> 
         review = review_labels(logits.softmax(dim=1), truth)
     pictures = [(answers.source, number) for number in range(len(truth))]
     suspects = suspects_of(pictures, truth, answers.classes, review)
-    write_label_review(file.with_name(FILE), suspects)
-    label_errors(page, suspects, "Judged by the classifier itself, if it has not learned these labels.")
+    label_errors(
+        page,
+        file.with_name(f"{file.stem}_label_review.csv"),  # beside a run's own
+        suspects,
+        "Judged by the classifier itself, if it has not learned these labels.",
+    )
     looked = None
     if len(truth) <= MOST_LOOKED_AT:
         looked = look(answers.source, 2)

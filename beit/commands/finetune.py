@@ -136,7 +136,7 @@ class Finetune:
     keep_last: PositiveInt = 2
     """The newest checkpoints stay."""
     keep_every: NonNegativeInt = 0
-    """Those of every so many steps stay as well."""
+    """Those of every so many steps stay as well; a multiple of --save-every."""
     tensorboard: bool = False
     """Log to OUT/tensorboard too."""
     report: Annotated[bool, Parameter(negative="--no-report")] = True

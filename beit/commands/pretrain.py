@@ -128,7 +128,7 @@ class Pretrain:
     keep_last: PositiveInt = 2
     """The newest checkpoints stay."""
     keep_every: NonNegativeInt = 0
-    """Those of every so many steps stay as well."""
+    """Those of every so many steps stay as well; a multiple of --save-every."""
     probe_data: Path | None = None
     """Labelled pictures to probe the features with while it runs, up to 10,000 of train and 5,000 of val;
     where there is no val a fifth is held out."""

@@ -115,7 +115,7 @@ class TrainTokenizer:
     keep_last: PositiveInt = 2
     """The newest checkpoints stay."""
     keep_every: NonNegativeInt = 0
-    """Those of every so many steps stay as well."""
+    """Those of every so many steps stay as well; a multiple of --save-every."""
     tensorboard: bool = False
     """Log to OUT/tensorboard too."""
     overwrite: bool = False

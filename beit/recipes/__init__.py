@@ -11,6 +11,7 @@ No torch here.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import sys
 from collections.abc import Collection
@@ -21,6 +22,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+from beit.settings import as_typed
 
 FOLDER = Path(__file__).parent
 TOLD = {"expected", "source", "cost"}  # to people, above [settings]
@@ -43,8 +46,9 @@ def find_recipe(command: str, name: str) -> Path:
     return FOLDER / command.replace("-", "_") / f"{name}.toml"
 
 
-def read_settings(file: Path, fields: Collection[str]) -> dict[str, Any]:
+def read_settings(file: Path, command: type[Any]) -> dict[str, Any]:
     """The settings of a recipe, or of a run.toml; a key that is no field of the command is an error."""
+    fields = {field.name for field in dataclasses.fields(command)}
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -55,7 +59,12 @@ def read_settings(file: Path, fields: Collection[str]) -> dict[str, Any]:
     if values is not content:
         for key in content.keys() - TOLD - {"settings"}:
             raise ValueError(f"{file} has {key!r} outside [settings]; {nearest(key, {*TOLD, *fields})}")
-    settings = {key: value for key, value in values.items() if key != "command"}
+    settings = dict(values)
+    if (of := settings.pop("command", command.__name__)) != command.__name__:
+        raise ValueError(
+            f"{file} is of beit {as_typed(of)}, and this is beit {as_typed(command.__name__)}; "
+            "give the run.toml of one"
+        )
     for key in settings:
         if key not in fields:
             raise ValueError(f"{file} sets {key!r}, which is no setting; {nearest(key, fields)}")

@@ -466,7 +466,7 @@ def test_the_page_says_what_the_numbers_say(
     assert f"The mean distance is {result['ece']:.1%}" in page
     for one, other, often in result["most_confused"]:
         assert f"<title>{one}, answered {other}: {often}</title>" in page
-    rows = (tmp_path / "label_review.csv").read_text().splitlines()
+    rows = (tmp_path / "page_label_review.csv").read_text().splitlines()
     assert len(rows) == 1 + result["pictures"]
     code, _, err = cli("evaluate", noisy, model=finetuned.folder, report="/nowhere/page.html")
     assert code == 6
@@ -559,7 +559,7 @@ def test_of_several_labels_the_score_is_the_one_that_finetune_reported(
     assert result["binary_cross_entropy"] == pytest.approx(loss, rel=1e-5)
 
     assert f"<td>{result['mean_average_precision']:.1%}</td>" in page.read_text()
-    rows = (tmp_path / "label_review.csv").read_text().splitlines()
+    rows = (tmp_path / "page_label_review.csv").read_text().splitlines()
     assert len(rows) == 25
     _, table, _ = cli("evaluate", data, model=several.folder, out=tmp_path / "all.json")
     assert f"mean average precision {result['mean_average_precision']:.2%} on 24 pictures" in table
