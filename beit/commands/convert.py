@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from cyclopts import Parameter
@@ -60,15 +60,7 @@ def convert(settings: Convert) -> None:
     }
     provenance = {key: value for key, value in provenance.items() if value is not None}
     if is_tokenizer(source):
-        if settings.to != "transformers":
-            raise ValueError(f"a tokenizer has no {settings.to} format; leave --to out")
-        tokenizer = load_tokenizer(source, settings.num_heads)
-        save_tokenizer(tokenizer, settings.out, provenance)
-        again = load_tokenizer(settings.out)
-        picture = torch.rand(1, 3, *tokenizer.view_size, generator=torch.Generator().manual_seed(0))
-        if not torch.equal(tokenizer.encode(picture), again.encode(picture)):
-            raise CheckpointError(f"{settings.out} gives other tokens than {settings.source}")
-        print(f"{settings.out}: {type(tokenizer).__name__}, the same tokens", file=sys.stderr)
+        _convert_tokenizer(source, settings, provenance)
         return
     model = load_model(
         source,
@@ -88,6 +80,21 @@ def convert(settings: Convert) -> None:
         f"{difference:.1e}",
         file=sys.stderr,
     )
+
+
+def _convert_tokenizer(source: Path, settings: Convert, provenance: dict[str, Any]) -> None:
+    if settings.to != "transformers":
+        raise ValueError(f"a tokenizer has no {settings.to} format; leave --to out")
+    for name in ("img_size", "num_classes", "early_layer"):
+        if getattr(settings, name) is not None:
+            raise ValueError(f"a tokenizer has no {name}; leave --{name.replace('_', '-')} out")
+    tokenizer = load_tokenizer(source, settings.num_heads)
+    save_tokenizer(tokenizer, settings.out, provenance)
+    again = load_tokenizer(settings.out)
+    picture = torch.rand(1, 3, *tokenizer.view_size, generator=torch.Generator().manual_seed(0))
+    if not torch.equal(tokenizer.encode(picture), again.encode(picture)):
+        raise CheckpointError(f"{settings.out} gives other tokens than {settings.source}")
+    print(f"{settings.out}: {type(tokenizer).__name__}, the same tokens", file=sys.stderr)
 
 
 def _check_place(settings: Convert) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,10 +208,19 @@ def test_a_vqkd_file_becomes_a_folder_once_its_heads_are_known(cli: Cli, tmp_pat
         np.testing.assert_array_equal(ids.flatten(1).numpy(), expected["ids"])
 
 
-def test_a_tokenizer_has_no_timm_format(cli: Cli, tmp_path: Path) -> None:
-    code, _, err = cli("convert", GOLDEN / "dalle-tiny-encoder.pkl", tmp_path / "a", to="timm")
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ({"to": "timm"}, "a tokenizer has no timm format; leave --to out"),
+        ({"num_classes": 3}, "a tokenizer has no num_classes; leave --num-classes out"),
+    ],
+)
+def test_a_tokenizer_takes_nothing_of_a_model(
+    cli: Cli, tmp_path: Path, flag: dict[str, Any], told: str
+) -> None:
+    code, _, err = cli("convert", GOLDEN / "dalle-tiny-encoder.pkl", tmp_path / "a", **flag)
     assert code == 2
-    assert "a tokenizer has no timm format; leave --to out" in err
+    assert told in err
 
 
 def test_pretraining_takes_a_pickled_tokenizer_as_it_was_published(
