@@ -167,7 +167,11 @@ class Watch:
         ranks = {f"layer {i}": points(self.alike, f"effective_rank_{i}") for i in self.layers}
         page.charts([line_chart(ranks, "step", "effective rank")])
         self._show_pictures(page)
-        page.section("Settings", f"run.toml; beit {version('beit')}, torch {torch.__version__}.")
+        page.section(
+            "Settings",
+            "run.toml, as the run was begun, and the command as it was last given; "
+            f"beit {version('beit')}, torch {torch.__version__}.",
+        )
         page.code((self.out / "run.toml").read_text(encoding="utf-8"))
         page.code(shlex.join(["beit", *sys.argv[1:]]))
         page.write(self.out / "report.html")
