@@ -26,9 +26,10 @@ FLOORS = {
     2: {"features", "export", "checkpoints", "data", "visualize", "embeddings", "training",
         "graph_cache", "tokenizer_files"},
     1: {"vqkd", "augment", "unpickle", "hub", "layouts", "configs", "handover", "distributed",
-        "listing", "snapshots", "flops", "duplicates", "graphs", "folded", "any_size", "weight_files"},
+        "listing", "snapshots", "flops", "duplicates", "graphs", "folded", "any_size", "weight_files",
+        "recipes"},
     0: {"model", "relative_position", "tokenizer", "masking", "image", "metrics", "optim", "precision",
-        "atomic", "recipes", "ranges", "names", "plural", "workers", "stop", "criterion", "settings",
+        "atomic", "ranges", "names", "plural", "workers", "stop", "criterion", "settings",
         "progress", "folder_lock", "cache"},
 }  # fmt: skip
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

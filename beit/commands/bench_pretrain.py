@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,11 +28,9 @@ from rich.table import Table
 from torch import Tensor
 
 from beit.augment import TwoViews, normalise, to_unit
-from beit.commands.pretrain import Batch, MaskedLogits, masked_loss, paper_masks
+from beit.commands.pretrain import Batch, MaskedLogits, Sampler, guess_hidden, masked_loss, paper_masks
 from beit.data import Loader, open_source
 from beit.flops import peak_flops, training_flops
-from beit.image import OpenImage
-from beit.masking import sample_mask
 from beit.model import BeitConfig, BeitForMaskedImageModeling, masked_of, variant
 from beit.optim import adamw, param_groups, update
 from beit.plural import counted
@@ -143,15 +140,11 @@ def make_parts(
     """What is timed: name -> do so many steps."""
     size, (height, width) = config.image_height_width[0], config.grid
     views = TwoViews(img_size=size, token_size=height * tokenizer.stride)
-    num_masked, min_block = paper_masks(height, width)
-    mask_of = partial(sample_mask, config.grid, num_masked, min_block=min_block)
+    sample = Sampler(views, config.grid, *paper_masks(height, width), blocks=True, exact=False)
     loader = Loader.of_run(open_source(data), settings.batch_size, 0, settings.workers, folder, 0.01)
 
-    def prepare(picture: OpenImage, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        return *views(picture, rng), mask_of(rng)
-
     # One loader for all, as a run has one: its processes are forked before there is much to copy.
-    stream = loader.batches(range(1_000_000), prepare)
+    stream = loader.batches(range(1_000_000), sample)
 
     def read() -> Batch:
         return Batch.of([value for _, value in next(stream)])
@@ -171,17 +164,14 @@ def make_parts(
     masks = torch.from_numpy(batch.masks)
     token_ids = tokenizer.encode(token_view)
 
-    def train(images: Tensor, masks: Tensor, token_ids: Tensor) -> None:
-        targets = masked_of(token_ids, masks)
-        with autocast(settings.precision, device):
-            logits = network(images, masks)
-        loss = torch.stack([masked_loss(each, targets) for each in logits]).sum() / len(targets)
-        loss.backward()
-        update(optimizer, loss, 3.0)
-
     def train_alone(steps: int) -> None:
         for _ in range(steps):
-            train(images, masks, token_ids)
+            targets = masked_of(token_ids, masks)
+            with autocast(settings.precision, device):
+                logits = network(images, masks)
+            loss = torch.stack([masked_loss(each, targets) for each in logits]).sum() / len(targets)
+            loss.backward()
+            update(optimizer, loss, 3.0)
 
     def encode(steps: int) -> None:
         for _ in range(steps):
@@ -193,10 +183,10 @@ def make_parts(
 
     def all_together(steps: int) -> None:
         for _ in range(steps):
-            batch = read()
-            pictures = normalise(to_unit(batch.patch_views, device), model.image_spec)
-            ids = tokenizer.encode(to_unit(batch.token_views, device))
-            train(pictures, torch.from_numpy(batch.masks), ids)
+            guessed = guess_hidden(
+                network, tokenizer, read(), model.image_spec, settings.precision, device
+            )
+            update(optimizer, guessed.loss, 3.0)
 
     parts: dict[str, Callable[[int], None]] = {
         "model": train_alone,

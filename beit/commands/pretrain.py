@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -28,10 +27,10 @@ from beit.features import default_layer
 from beit.flops import peak_flops, training_flops
 from beit.handover import hand_over
 from beit.hub import HubError, is_size, other_names
-from beit.image import HALF, IMAGENET_MEAN, IMAGENET_STD, BadImage, OpenImage
+from beit.image import HALF, IMAGENET_MEAN, IMAGENET_STD, BadImage, ImageSpec, OpenImage
 from beit.masking import sample_mask, sample_random_mask
 from beit.metrics import codebook_use
-from beit.model import BeitForMaskedImageModeling, masked_of, variant
+from beit.model import BeitConfig, BeitForMaskedImageModeling, masked_of, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.plural import counted
 from beit.precision import Precision, autocast, resolve_precision
@@ -176,41 +175,12 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     """This process's share of it; returns the last logged numbers."""
     source = open_source(settings.data)
     check_folder(settings.out, settings, settings.overwrite)
-    pixels = str(settings.tokenizer) == "pixels"
-    tokenizer = open_tokenizer(settings.tokenizer)
-    hash_of_tokenizer = "pixels" if pixels else weights_hash(tokenizer)
-    if settings.tokenizer_fp16:
-        if not isinstance(tokenizer, DalleTokenizer):
-            raise ValueError(f"--tokenizer-fp16 is for DALL-E's; {settings.tokenizer} is another kind")
-        tokenizer.use_float16()
-    tokenizer.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
+    tokenizer, tokenizer_hash = open_tokenizer(settings, device)
     model = starting_model(settings, tokenizer.vocab_size).to(device).train()
     model.gradient_checkpointing = settings.gradient_checkpointing
-    config, spec = model.config, model.image_spec
-    height, width = config.grid
-    num_masked, min_block = paper_masks(height, width)
-    num_masked, min_block = settings.num_mask_patches or num_masked, settings.min_block or min_block
-    views = TwoViews(
-        img_size=config.image_height_width[0],
-        token_size=height * tokenizer.stride,  # so that each patch has its token
-        crop_scale=settings.crop_scale,
-        hflip=settings.hflip,
-        color_jitter=settings.color_jitter,
-        token_filter=settings.token_filter,
-    )
-    if tokenizer.view_size != (views.token_size, views.token_size) and not pixels:
-        trained = " x ".join(map(str, tokenizer.view_size))
-        side = views.token_size
-        distributed.say(
-            f"the tokenizer sees views of {side} x {side} here, though it was trained on {trained}"
-        )
-    mask_of = partial(sample_random_mask, config.grid, num_masked)
-    if settings.masks == "blocks":
-        exact = settings.exact_masks
-        mask_of = partial(sample_mask, config.grid, num_masked, min_block=min_block, exact=exact)
-    mask_of(np.random.default_rng(0))  # refuses what cannot be
-    distributed.accumulation(settings.batch_size, settings.device_batch_size)  # so does this
+    config = model.config
+    sample = Sampler.of(settings, config, tokenizer)
+    distributed.accumulation(settings.batch_size, settings.device_batch_size)  # refuses what cannot be
     layers, labelled = probed(settings, config.depth)
 
     run = Run(settings.out, settings, settings.overwrite)
@@ -224,32 +194,24 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         distributed.rank(),
         distributed.size(),
     )
-    steps_per_epoch = loader.steps_per_epoch
-    total = settings.steps or settings.epochs * steps_per_epoch
-    warmup = settings.warmup_steps or round(settings.warmup_epochs * steps_per_epoch)
-    if warmup > total // 2:
-        distributed.say(
-            f"warm-up: {counted(total // 2, 'step')}, half of this run, instead of {warmup:,}"
-        )
-        warmup = total // 2
+    total, warmup = length_of(settings, loader.steps_per_epoch)
     batch_size = min(settings.batch_size, len(source))
     peak, peak_from = peak_flops(device, settings.precision, settings.peak_tflops)
-    distributed.say(settings_in_words(settings))
     precision = resolve_precision(settings.precision, device)
+    distributed.say(settings_in_words(settings))
     run.begin(
         {
             "pictures": len(source), "data_hash": data_hash([source], None),
-            "tokenizer_hash": hash_of_tokenizer, "img_size": config.image_height_width[0],
-            "num_mask_patches": num_masked, "min_block": min_block, "steps": total,
+            "tokenizer_hash": tokenizer_hash, "img_size": config.image_height_width[0],
+            "num_mask_patches": sample.num_masked, "min_block": sample.min_block, "steps": total,
             "warmup_steps": warmup, "vocab_size": tokenizer.vocab_size,
         },
         surroundings(device, precision),
     )  # fmt: skip
     distributed.say(
         f"{run.out}: {counted(len(source), 'picture')}, {counted(total, 'step')} of {batch_size}, "
-        f"{total * batch_size / len(source):.1f} epochs; {num_masked} of {height} x {width} patches "
-        f"hidden, {'at random' if settings.masks == 'random' else f'in blocks of {min_block} or more'}, "
-        f"{'pixels' if pixels else f'{tokenizer.vocab_size} tokens'}; "
+        f"{total * batch_size / len(source):.1f} epochs; {sample}, "
+        f"{'pixels' if isinstance(tokenizer, PixelTargets) else f'{tokenizer.vocab_size} tokens'}; "
         f"{distributed.size()} x {device.type} in "
         f"{precision}, peak {peak / 1e12:.3g} TFLOP/s ({peak_from})"
     )
@@ -261,14 +223,11 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     network = distributed.wrap(MaskedLogits(model), settings.shard)
     optimizer = adamw(param_groups(model, settings.weight_decay), settings.lr, settings.betas)
 
-    def prepare(picture: OpenImage, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        return *views(picture, rng), mask_of(rng)
-
     def batches(steps: range) -> Iterator[Batch]:
-        for samples in loader.batches(steps, prepare):
+        for samples in loader.batches(steps, sample):
             yield Batch.of([value for _, value in samples])
 
-    shown = some_samples(source, prepare, settings.seed)
+    shown = some_samples(source, sample, settings.seed)
     watch = Watch(
         run.out,
         source,
@@ -278,7 +237,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         lambda looked_at: draw_predictions(looked_at, tokenizer, shown) if shown else None,
         *labelled,
     )
-    draw_every, probe_every = look_steps(settings.look_epochs, steps_per_epoch, total)
+    draw_every, probe_every = look_steps(settings.look_epochs, loader.steps_per_epoch, total)
     for step, batch in run.steps(
         model,
         optimizer,
@@ -290,7 +249,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         keep_every=settings.keep_every,
         look_every=probe_every,
         batch_size=batch_size,
-        flops_per_image=training_flops(config, num_masked),
+        flops_per_image=training_flops(config, sample.num_masked),
         peak_flops=peak,
         tensorboard=settings.tensorboard,
     ):
@@ -298,37 +257,13 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
             look(watch, run, model, step, tokenizer.vocab_size, probe=step % probe_every == 0)
         lr = cosine_schedule(step, total, warmup, settings.lr, settings.min_lr)
         set_learning_rate(optimizer, lr)
-        count = distributed.mean(torch.tensor(float(batch.masks.sum()), device=device))
-        loss, right = torch.zeros(2, device=device)
-        used = torch.zeros(tokenizer.vocab_size, dtype=torch.int64, device=device)
-        parts = list(batch.parts(settings.device_batch_size))
-        for number, part in enumerate(parts, 1):
-            images = normalise(to_unit(part.patch_views, device), spec)
-            masks = torch.from_numpy(part.masks)  # (B, h, w), on the CPU: see `masked_of`
-            token_ids = tokenizer.encode(to_unit(part.token_views, device))  # (B, h, w)
-            targets = masked_of(token_ids, masks)  # (M,), in the order of the logits
-            with distributed.gradients_sent(network, last=number == len(parts)):
-                with autocast(settings.precision, device):
-                    logits = network(images, masks)
-                # Of all processes' masked patches the mean: DDP averages what each sums.
-                part_loss = torch.stack([masked_loss(each, targets) for each in logits]).sum() / count
-                part_loss.backward()
-            loss += part_loss.detach()
-            if not pixels:
-                right += (logits[0].argmax(dim=-1) == targets).sum()
-                used += count_tokens(token_ids, len(used))
-        loss = distributed.mean(loss)
-        state = update(optimizer, loss, settings.clip_grad_norm)
-
+        guessed = guess_hidden(
+            network, tokenizer, batch, model.image_spec, settings.precision, device,
+            settings.device_batch_size,
+        )  # fmt: skip
+        state = update(optimizer, guessed.loss, settings.clip_grad_norm)
         if (step + 1) % settings.log_every == 0 or step + 1 == total:
-            line = {"loss": loss.item()}
-            if not pixels:
-                use = codebook_use(distributed.total(used).cpu().numpy())
-                line["token_accuracy"] = (distributed.mean(right) / count).item()
-                line["commonest_token"] = use.commonest
-                line["target_perplexity"] = use.perplexity
-            line["masked_ratio"] = count.item() / batch.masks.size
-            run.log(step + 1, **line, lr=lr, grad_norm=state.norm.item())
+            run.log(step + 1, **guessed.in_numbers(), lr=lr, grad_norm=state.norm.item())
 
     look(watch, run, model, total, tokenizer.vocab_size)
     if loader.bad_images.found:
@@ -341,23 +276,92 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         "seed": settings.seed,
     }
     whole = distributed.unsharded(model, lambda: BeitForMaskedImageModeling(config)).eval()
-    whole.image_spec = spec
+    whole.image_spec = model.image_spec
     distributed.on_main(lambda: save(whole, run.out, provenance))
     last = {k: v for k, v in run.read_metrics()[-1].items() if isinstance(v, (int, float))}
-    blindly = last.get("commonest_token", 1 / tokenizer.vocab_size)
-    guessed = (
-        f"{last.get('token_accuracy', 0):.1%} of masked tokens guessed, {blindly:.1%} by always saying "
-        "the commonest"
-    )
-    if tokenizer.vocab_size == 8192:
-        guessed += "; about 5 % is normal for 8192 tokens"
-    if pixels:
-        guessed = "1 or less is guessing each patch's mean"
-    loss_then = f"loss {last.get('loss', math.nan):.3f}"  # of the last step, which may be one left out
     distributed.say(
-        f"{run.out}: {counted(total, 'step')}, {loss_then}, {guessed}; see {run.out / 'report.html'}"
+        f"{run.out}: {counted(total, 'step')}, {how_it_ended(last, tokenizer.vocab_size)}; "
+        f"see {run.out / 'report.html'}"
     )
     return last
+
+
+# --- What is learned from ------------------------------------------------------------------------
+
+
+def open_tokenizer(settings: Pretrain, device: torch.device) -> tuple[AnyTokenizer | PixelTargets, str]:
+    """What says what is to be guessed, and what it is known by: a trained tokenizer's weights or, by the
+    word pixels, the pixels."""
+    place = settings.tokenizer
+    tokenizer: AnyTokenizer | PixelTargets = PixelTargets()
+    if str(place) == "pixels":
+        known_by = "pixels"
+    elif not place.exists() and difflib.get_close_matches(str(place), ["pixels"]):
+        raise HubError(f"{place} does not exist; did you mean the word pixels?")
+    else:
+        tokenizer = load_tokenizer(place)
+        known_by = weights_hash(tokenizer)
+    if settings.tokenizer_fp16:
+        if not isinstance(tokenizer, DalleTokenizer):
+            raise ValueError(f"--tokenizer-fp16 is for DALL-E's; {place} is another kind")
+        tokenizer.use_float16()
+    tokenizer.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return tokenizer, known_by
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What is drawn of a picture: two views of one crop, and which of its patches are hidden (h, w)."""
+
+    views: TwoViews
+    grid: tuple[int, int]
+    num_masked: int
+    min_block: int
+    blocks: bool  # else single patches, anywhere
+    exact: bool
+
+    @classmethod
+    def of(cls, settings: Pretrain, config: BeitConfig, tokenizer: Tokenizer) -> Sampler:
+        """As the settings say, else by the paper's shares. Refuses masks that cannot be."""
+        height, width = config.grid
+        num_masked, min_block = paper_masks(height, width)
+        views = TwoViews(
+            img_size=config.image_height_width[0],
+            token_size=height * tokenizer.stride,  # so that each patch has its token
+            crop_scale=settings.crop_scale,
+            hflip=settings.hflip,
+            color_jitter=settings.color_jitter,
+            token_filter=settings.token_filter,
+        )
+        side, trained = views.token_size, " x ".join(map(str, tokenizer.view_size))
+        if tokenizer.view_size != (side, side) and not isinstance(tokenizer, PixelTargets):
+            distributed.say(
+                f"the tokenizer sees views of {side} x {side} here, though it was trained on {trained}"
+            )
+        sampler = cls(
+            views,
+            config.grid,
+            settings.num_mask_patches or num_masked,
+            settings.min_block or min_block,
+            settings.masks == "blocks",
+            settings.exact_masks,
+        )
+        sampler.mask(np.random.default_rng(0))  # raises what is to be raised
+        return sampler
+
+    def __call__(self, picture: OpenImage, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        return *self.views(picture, rng), self.mask(rng)
+
+    def mask(self, rng: np.random.Generator) -> np.ndarray:
+        """Which patches to hide, bool (h, w)."""
+        if not self.blocks:
+            return sample_random_mask(self.grid, self.num_masked, rng)
+        return sample_mask(self.grid, self.num_masked, rng, min_block=self.min_block, exact=self.exact)
+
+    def __str__(self) -> str:
+        how = f"in blocks of {self.min_block} or more" if self.blocks else "at random"
+        height, width = self.grid
+        return f"{self.num_masked} of {height} x {width} patches hidden, {how}"
 
 
 def paper_masks(height: int, width: int) -> tuple[int, int]:
@@ -365,13 +369,16 @@ def paper_masks(height: int, width: int) -> tuple[int, int]:
     return round(75 / 196 * height * width), max(1, round(16 / 196 * height * width))
 
 
-def open_tokenizer(place: Path) -> AnyTokenizer | PixelTargets:
-    """What says what is to be guessed: a trained tokenizer or, by the word pixels, the pixels."""
-    if str(place) == "pixels":
-        return PixelTargets()
-    if not place.exists() and difflib.get_close_matches(str(place), ["pixels"]):
-        raise HubError(f"{place} does not exist; did you mean the word pixels?")
-    return load_tokenizer(place)
+def length_of(settings: Pretrain, steps_per_epoch: int) -> tuple[int, int]:
+    """Steps of the run, and of its warm-up, which is half of it at most."""
+    total = settings.steps or settings.epochs * steps_per_epoch
+    warmup = settings.warmup_steps or round(settings.warmup_epochs * steps_per_epoch)
+    if warmup > total // 2:
+        distributed.say(
+            f"warm-up: {counted(total // 2, 'step')}, half of this run, instead of {warmup:,}"
+        )
+        warmup = total // 2
+    return total, warmup
 
 
 def starting_model(settings: Pretrain, vocab_size: int) -> BeitForMaskedImageModeling:
@@ -416,6 +423,63 @@ def starting_model(settings: Pretrain, vocab_size: int) -> BeitForMaskedImageMod
         model.load_state_dict(taken, strict=False)
         print(f"{settings.model}: {report}", file=sys.stderr)
     return model
+
+
+# --- The step ------------------------------------------------------------------------------------
+
+
+class Guessed(NamedTuple):
+    """What came of a batch whose hidden tokens were guessed, on the device."""
+
+    loss: Tensor  # mean over the hidden tokens of all processes
+    hidden: Tensor  # how many a process has, on average
+    patches: int  # of this process's pictures
+    right: Tensor  # of its hidden tokens, guessed exactly
+    used: Tensor  # int64 (V,), how often its pictures have each token; (0,) for pixels
+
+    def in_numbers(self) -> dict[str, float]:
+        """As they are logged, over all processes, which all must call this."""
+        numbers = {"loss": self.loss.item()}
+        if len(self.used):
+            use = codebook_use(distributed.total(self.used).cpu().numpy())
+            numbers["token_accuracy"] = (distributed.mean(self.right) / self.hidden).item()
+            numbers["commonest_token"] = use.commonest
+            numbers["target_perplexity"] = use.perplexity
+        numbers["masked_ratio"] = self.hidden.item() / self.patches
+        return numbers
+
+
+def guess_hidden(
+    network: nn.Module,
+    tokenizer: Tokenizer,
+    batch: Batch,
+    spec: ImageSpec,
+    precision: Precision,
+    device: torch.device,
+    at_once: int = 0,
+) -> Guessed:
+    """Guess the hidden tokens of a batch, in parts of at most so many pictures; gradients are added up."""
+    hidden = distributed.mean(torch.tensor(float(batch.masks.sum()), device=device))
+    loss, right = torch.zeros(2, device=device)
+    tokens = 0 if isinstance(tokenizer, PixelTargets) else tokenizer.vocab_size
+    used = torch.zeros(tokens, dtype=torch.int64, device=device)
+    parts = list(batch.parts(at_once))
+    for number, part in enumerate(parts, 1):
+        images = normalise(to_unit(part.patch_views, device), spec)
+        masks = torch.from_numpy(part.masks)  # (B, h, w), on the CPU: see `masked_of`
+        token_ids = tokenizer.encode(to_unit(part.token_views, device))  # (B, h, w)
+        targets = masked_of(token_ids, masks)  # (M,), in the order of the logits
+        with distributed.gradients_sent(network, last=number == len(parts)):
+            with autocast(precision, device):
+                logits = network(images, masks)
+            # Of all processes' masked patches the mean: DDP averages what each sums.
+            part_loss = torch.stack([masked_loss(each, targets) for each in logits]).sum() / hidden
+            part_loss.backward()
+        loss += part_loss.detach()
+        if tokens:
+            right += (logits[0].argmax(dim=-1) == targets).sum()
+            used += count_tokens(token_ids, tokens)
+    return Guessed(distributed.mean(loss), hidden, batch.masks.size, right, used)
 
 
 class MaskedLogits(nn.Module):
@@ -541,6 +605,19 @@ def expected_ranges(
             ("tokens in use (perplexity)", perplexity, "steady"),
         ]
     return rows
+
+
+def how_it_ended(last: dict[str, Any], vocab_size: int) -> str:
+    """The last line of metrics, which may be of a step that was left out, in words."""
+    loss = f"loss {last.get('loss', math.nan):.3f}"
+    if "token_accuracy" not in last:
+        return f"{loss}, 1 or less is guessing each patch's mean"
+    normal = "; about 5 % is normal for 8192 tokens" if vocab_size == 8192 else ""
+    blindly = last.get("commonest_token", 1 / vocab_size)
+    return (
+        f"{loss}, {last['token_accuracy']:.1%} of masked tokens guessed, {blindly:.1%} by always saying "
+        f"the commonest{normal}"
+    )
 
 
 def some_samples(
