@@ -72,19 +72,22 @@ class CropAndFlip:
     """Fine-tuning's and the tokenizer's transform: a random crop at one size, perhaps mirrored, and
     two operations of RandAugment where asked for (§5.3)."""
 
-    img_size: int = 224
+    img_size: int | tuple[int, int] = 224  # of a square, or (height, width)
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # of the view's own shape
     hflip: float = 0.5
     rand_augment: float = 0.0  # magnitude, up to 10; the recipe's is 9; 0 turns it off
     fill: tuple[int, int, int] = (128, 128, 128)  # what RandAugment moves in: 255 * mean
 
     def __call__(self, image: np.ndarray | OpenImage, rng: np.random.Generator) -> np.ndarray:
-        """One picture -> uint8 (img_size, img_size, 3)."""
+        """One picture -> uint8 (height, width, 3)."""
         opened = image if isinstance(image, OpenImage) else open_image(image)
         flip = rng.random() < self.hflip
-        box = sample_crop_box(opened.size, self.crop_scale, self.crop_ratio, rng)
-        view = resize(crop_and_flip(opened, box, self.img_size, flip), self.img_size, "bicubic")
+        height, width = pair(self.img_size)
+        least, most = (ratio * (width / height) for ratio in self.crop_ratio)
+        box = sample_crop_box(opened.size, self.crop_scale, (least, most), rng)
+        crop = crop_and_flip(opened, box, max(height, width), flip)
+        view = resize(crop, (height, width), "bicubic")
         if not self.rand_augment:
             return view
         return np.array(rand_augment(Image.fromarray(view), self.rand_augment, self.fill, rng))
@@ -112,6 +115,11 @@ def sample_crop_box(
     return left, top, left + w, top + h
 
 
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a view; one number is both."""
+    return (size, size) if isinstance(size, int) else size
+
+
 def crop_and_flip(
     image: OpenImage, box: Box, wanted: int, flip: bool, jitter: Jitter | None = None
 ) -> np.ndarray:
@@ -132,15 +140,19 @@ def crop_and_flip(
     return np.array(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop)
 
 
-def resize(image: np.ndarray, size: int, filter_name: Filter) -> np.ndarray:
-    """uint8 (h, w, 3) -> uint8 (size, size, 3): Pillow's filters, rows before columns, at four times
-    the speed. (Newer Pillows begin with the columns where that is less work.)"""
+def resize(image: np.ndarray, size: int | tuple[int, int], filter_name: Filter) -> np.ndarray:
+    """uint8 (h, w, 3) -> uint8 (height, width, 3): Pillow's filters, rows before columns, at four times
+    the speed. (Newer Pillows begin with the columns where that is less work.)
+
+    size: of a square, or (height, width).
+    """
+    height, width = pair(size)
     batch = torch.from_numpy(image).permute(2, 0, 1)[None]
     try:
-        resized = F.interpolate(batch, size=(size, size), mode=filter_name, antialias=True)
+        resized = F.interpolate(batch, size=(height, width), mode=filter_name, antialias=True)
     except ValueError:  # older torch has no lanczos
-        return np.array(Image.fromarray(image).resize((size, size), FILTERS[filter_name]))
-    view = np.empty((size, size, 3), np.uint8)
+        return np.array(Image.fromarray(image).resize((width, height), FILTERS[filter_name]))
+    view = np.empty((height, width, 3), np.uint8)
     for channel, plane in enumerate(resized[0].numpy()):  # four times as fast as a transposed copy
         view[:, :, channel] = plane
     return view
@@ -277,6 +289,11 @@ class EraseAndMix:
     reprob: float
     mixup: float
     cutmix: float
+
+    @property
+    def does_something(self) -> bool:
+        """Whether a batch comes out other than it went in; what it does depends on the whole batch."""
+        return bool(self.reprob or self.mixup or self.cutmix)
 
     def __call__(
         self, images: Tensor, labels: Tensor, num_classes: int, rng: np.random.Generator

@@ -93,12 +93,14 @@ def curves(
     def watched(key: str) -> list[tuple[float, float]]:
         return [(step, look[key]) for step, look in sorted(looks.items())]
 
-    accuracy = {"training": line("train_accuracy")}
-    what = "mean average precision" if several else "accuracy"
+    right, judged = {"training": line("train_accuracy")}, {"validation": watched("accuracy")}
+    charts = {"accuracy": {**right, **judged}}
+    if several:  # two measures: of yes and no nine in ten are right where every answer is no
+        charts = {"share of yes and no right": right, "mean average precision": judged}
     page.charts(
         [
             line_chart({"training": line("loss"), "validation": watched("loss")}, "step", "loss, nats"),
-            line_chart({**accuracy, "validation": watched("accuracy")}, "step", what),
+            *(line_chart(lines, "step", what) for what, lines in charts.items()),
             line_chart({"": line("lr")}, "step", "learning rate"),
         ]
     )

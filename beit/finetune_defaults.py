@@ -44,6 +44,8 @@ def chosen(given: Mapping[str, Any], data: Labelled, depth: int | None = None) -
         method = "full" if asked or data.several or data.val is None else "head" if few else "best"
     if method != "full" and data.several:
         raise ValueError(f"--method {method} is for one label a picture; use --method full")
+    if given["class_weights"] and data.several:
+        raise ValueError("--class-weights is for one label a picture; leave it out")
     if method == "best" and data.val is None:
         raise ValueError("--method best compares on validation pictures; give --val, or a --val-share")
     found: dict[str, Any] = {

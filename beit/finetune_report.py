@@ -53,7 +53,12 @@ def write_report(
     count = 0 if answers is None else len(answers.truth)
     if answers is not None:
         note = f"On {counted(count, 'validation picture')}; {FLATTERED}."
-        how_good(page, answers, note, "The temperature was fitted to these pictures.")
+        calibrated = (
+            "The temperature was fitted to these pictures." if "temperature" in provenance else ""
+        )
+        if provenance.get("temperature") == 1.0:
+            calibrated = "Every answer is right, so no temperature fits best: the logits are as trained."
+        how_good(page, answers, note, calibrated)
     workers, seed = settings["workers"], settings["seed"]
     fresh = is_size(settings["model"])
     review(page, run.out, data, final, frozen, fresh, settings["precision"], workers, seed)
@@ -84,9 +89,11 @@ def first_batch(
     train: Side, batch_size: int, seed: int, view: CropAndFlip, erase_and_mix: EraseAndMix,
     spec: ImageSpec,
 ) -> list[np.ndarray]:  # fmt: skip
-    """Pictures of a run's first batch as the network saw them, uint8 (img_size, img_size, 3)."""
+    """Pictures of a run's first batch as the network saw them, uint8 (height, width, 3)."""
     pictures, labels = [], []
-    for epoch, index in batch_at(0, len(train.source), batch_size, seed)[:16]:
+    batch = batch_at(0, len(train.source), batch_size, seed, 0, distributed.size())
+    shown = 16
+    for epoch, index in batch if erase_and_mix.does_something else batch[:shown]:
         with suppress(BadImage):
             pictures.append(view(train.source.open(index), sample_rng(seed, epoch, index)))
             labels.append(train.truth[index])
@@ -94,6 +101,6 @@ def first_batch(
         return []
     images = normalise(to_unit(pictures, torch.device("cpu")), spec)
     truth, classes = torch.from_numpy(np.array(labels)), len(train.source.classes)
-    images, _ = erase_and_mix(images, truth, classes, np.random.default_rng([seed, 0, 2]))
+    images, _ = erase_and_mix(images, truth, classes, np.random.default_rng([seed, 0, 2, 0]))
     mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
-    return list(to_bytes(images * std + mean))
+    return list(to_bytes(images[:shown] * std + mean))

@@ -69,6 +69,8 @@ FILTERS = {
 }
 
 Resize = Literal["short_side", "squash"]
+Preset = Literal["unilm", "timm", "transformers"]
+USUAL_CROPS = (0.875, 0.9, 0.95)  # unilm's, timm's, and timm's of its large v2, below 384 pixels
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -165,10 +167,28 @@ def transformers_spec(
     return ImageSpec((img_size, img_size), "squash", "bilinear", 1.0, mean, std)
 
 
+def preset_spec(spec: ImageSpec, preset: Preset, embed_dim: int) -> ImageSpec:
+    """How another code prepares pictures for a model of this size and width; mean and std stay."""
+    side, mean, std = max(spec.size), spec.mean, spec.std
+    if preset == "unilm":
+        other = unilm_spec(side, mean, std)
+    elif preset == "timm":  # its large v2 models have a ratio of their own; v1's large have other means
+        other = timm_spec(side, mean, std, large_v2=embed_dim == 1024 and mean == IMAGENET_MEAN)
+    else:
+        other = transformers_spec(side, mean, std)
+    return replace(other, size=spec.size)
+
+
+def cropped_spec(spec: ImageSpec, crop_ratio: float) -> ImageSpec:
+    """The same with another centre to look at; what was squashed to its size no longer is."""
+    return replace(spec, resize="short_side", crop_ratio=crop_ratio)
+
+
 def resized_spec(spec: ImageSpec, size: tuple[int, int]) -> ImageSpec:
     """The same at another size in pixels; from 384 on the whole short side is seen, as is usual."""
-    usual = _crop(max(spec.size), 0.875)
-    if spec.resize == "short_side" and spec.crop_ratio == usual:  # nobody chose another
+    was_small, is_small = max(spec.size) < 384, max(size) < 384
+    usual = USUAL_CROPS if was_small else (1.0,)  # else somebody chose it
+    if spec.resize == "short_side" and was_small != is_small and spec.crop_ratio in usual:
         return replace(spec, size=size, crop_ratio=_crop(max(size), 0.875))
     return replace(spec, size=size)
 

@@ -86,8 +86,9 @@ def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> Calib
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The number that logits are divided by so that their probabilities fit best (Guo et al., 2017).
 
-    labels: int64 (n,), or bool (n, C) where each class is a question of its own. From 0.1 to 10; above 1
-    the classifier was too sure. The likelihood has one peak over it, found by golden sections.
+    labels: int64 (n,), or bool (n, C) where each class is a question of its own. Up to 10; above 1 the
+    classifier was too sure. The likelihood has one peak over it, found by golden sections; where nothing
+    is wrong it has none, the surer the better, and 1 is given.
     """
 
     def loss(log_temperature: float) -> float:
@@ -96,6 +97,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
             return binary_cross_entropy(scaled, labels)
         return negative_log_likelihood(scaled, labels)
 
+    wrong = (logits > 0) != labels if labels.ndim == 2 else logits.argmax(axis=1) != labels
+    if not wrong.any():
+        return 1.0
     low, high = math.log(0.1), math.log(10.0)
     golden = (math.sqrt(5) - 1) / 2
     while high - low > 1e-4:

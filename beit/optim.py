@@ -127,7 +127,8 @@ class EMA:
     """A running average of a model's weights, and of its other floating tensors.
 
     average = decay * average + (1 - decay) * weights after each update, beginning as the weights;
-    0.9999 is usual. `tensors` has the names of the state dict.
+    0.9999 is usual. Up to that the decay rises, (1 + step) / (10 + step), or a short run would end as it
+    began. `tensors` has the names of the state dict.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -137,11 +138,12 @@ class EMA:
         self.tensors = {name: tensor.clone() for name, tensor in _floating(model).items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move a little towards the weights of now."""
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move a little towards the weights of now, after so many updates before."""
         now = _floating(model)
+        decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(
-            list(self.tensors.values()), [now[name] for name in self.tensors], 1 - self.decay
+            list(self.tensors.values()), [now[name] for name in self.tensors], 1 - decay
         )
 
     def copy_to(self, model: nn.Module) -> None:

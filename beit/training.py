@@ -119,7 +119,7 @@ class OptimizerWatch:
     def _after(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.skipped = getattr(optimizer, "found_inf", torch.zeros((), device=self.device))
         if self.training.ema is not None:
-            self.training.ema.update(self.training.model)
+            self.training.ema.update(self.training.model, self.training.step)
         self._keep_buffers()
         self.training.step += 1
         self.lock.release()

@@ -125,6 +125,9 @@ TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+LATE = 10_000  # a step at which an average has its whole decay; these have it from the first on
+
+
 class OwnAverage:
     """Pixels, and what the running average of the tokenizer's own encoder says of them; both weigh the
     same. Pixels alone keep it from saying one thing of all."""
@@ -140,7 +143,7 @@ class OwnAverage:
 
     def update(self, tokenizer: VQKD) -> None:
         """Follow the encoder after a step."""
-        self.average.update(tokenizer.encoder)
+        self.average.update(tokenizer.encoder, LATE)
         self.average.copy_to(self.encoder)
 
 
@@ -160,7 +163,7 @@ class OnlineClusters:
 
     def update(self, model: BeitForMaskedImageModeling) -> None:
         """Follow the model after a step."""
-        self.average.update(model)
+        self.average.update(model, LATE)
         self.average.copy_to(self.model)
 
     def directions(self, images: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from beit.image import (
     preprocess,
     read_image,
     resize_and_crop,
+    resized_spec,
     timm_spec,
     transformers_spec,
     unilm_spec,
@@ -700,6 +702,17 @@ def test_a_picture_of_the_right_size_is_left_as_it_is() -> None:
 def test_original_rule_crops_below_384_pixels_and_not_from_there_on() -> None:
     assert [unilm_spec(size).crop_ratio for size in (32, 224, 383, 384, 512)] == [0.875] * 3 + [1.0] * 2
     assert unilm_spec(384) == ImageSpec(size=(384, 384), crop_ratio=1.0, mean=HALF, std=HALF)
+
+
+def test_another_size_follows_the_usual_rules_and_keeps_what_somebody_chose() -> None:
+    for usual in (unilm_spec(224), timm_spec(224), timm_spec(224, large_v2=True)):
+        assert resized_spec(usual, (384, 384)).crop_ratio == 1.0
+        assert resized_spec(usual, (256, 256)).crop_ratio == usual.crop_ratio
+    assert resized_spec(timm_spec(512), (224, 224)).crop_ratio == 0.875
+    assert resized_spec(ImageSpec((224, 224), crop_ratio=0.8), (384, 384)).crop_ratio == 0.8
+    assert resized_spec(ImageSpec((224, 224), crop_ratio=1.0), (384, 384)).crop_ratio == 1.0
+    squashed = replace(ImageSpec((224, 224)), resize="squash")
+    assert resized_spec(squashed, (384, 256)) == replace(squashed, size=(384, 256))
 
 
 def test_timms_rule_crops_less() -> None:

@@ -323,9 +323,9 @@ def test_average_follows_the_closed_form_and_leaves_integers_alone() -> None:
 
     become(rows[0])
     average = EMA(model, 0.9)
-    for row in rows[1:]:
+    for number, row in enumerate(rows[1:]):
         become(row)
-        average.update(model)
+        average.update(model, 1000 + number)
     shares = np.array([0.9**5, *(0.1 * 0.9 ** (5 - i) for i in range(1, 6))])
     expected = (shares[:, None] * rows.astype(np.float64)).sum(axis=0)
     np.testing.assert_allclose(average.tensors["weight"], expected, rtol=1e-5)
@@ -336,6 +336,20 @@ def test_average_follows_the_closed_form_and_leaves_integers_alone() -> None:
     assert torch.equal(other.weight, average.tensors["weight"])
     assert other.num_batches_tracked == 0
     np.testing.assert_array_equal(model.weight.detach(), rows[-1])  # the model keeps its own
+
+
+def test_the_average_of_a_short_run_is_of_its_last_weights() -> None:
+    """With 0.9999 from the first step on, 93 % of it would be how it began."""
+    model = nn.Linear(1, 1, bias=False)
+    average = EMA(model, 0.9999)
+    start = average.tensors["weight"].clone()
+    model.weight.data += 1
+    kept = 1.0
+    for step in range(780):
+        average.update(model, step)
+        kept *= (1 + step) / (10 + step)
+    assert kept < 1e-12
+    np.testing.assert_allclose(average.tensors["weight"] - start, 1 - kept, rtol=1e-5)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.1, 1.5])

@@ -73,7 +73,7 @@ def bench_pretrain(settings: BenchPretrain = BenchPretrain()) -> dict[str, Any]:
     device = pick_device(settings.device)
     config = variant(settings.model)
     with tempfile.TemporaryDirectory() as folder:
-        data = settings.data or noise(Path(folder) / "noise")
+        data = settings.data or noise(Path(folder) / "noise", max(64, settings.batch_size))
         tokenizer = (
             load_tokenizer(settings.tokenizer) if settings.tokenizer else DalleTokenizer(DalleConfig())
         )
@@ -141,7 +141,13 @@ def make_parts(
     size, (height, width) = config.image_height_width[0], config.grid
     views = TwoViews(img_size=size, token_size=height * tokenizer.stride)
     sample = Sampler(views, config.grid, *paper_masks(height, width), blocks=True, exact=False)
-    loader = Loader.of_run(open_source(data), settings.batch_size, 0, settings.workers, folder, 0.01)
+    source = open_source(data)
+    if len(source) < settings.batch_size:
+        raise ValueError(
+            f"{data} has {counted(len(source), 'picture')}, and a step takes {settings.batch_size}; give "
+            "more pictures, or a smaller --batch-size"
+        )
+    loader = Loader.of_run(source, settings.batch_size, 0, settings.workers, folder, 0.01)
 
     # One loader for all, as a run has one: its processes are forked before there is much to copy.
     stream = loader.batches(range(1_000_000), sample)
@@ -155,7 +161,7 @@ def make_parts(
     if settings.compile:
         if isinstance(tokenizer, DalleTokenizer):
             tokenizer.encoder.compile()
-        for block in model.blocks:
+        for block in (*model.blocks, *getattr(model, "cls_pt_layers", ())):
             block.compile()
     network = MaskedLogits(model)
     optimizer = adamw(param_groups(model, 0.05), 1e-4)
@@ -204,7 +210,10 @@ def make_parts(
 def transformers_step(
     config: BeitConfig, images: Tensor, masks: Tensor, token_ids: Tensor, bf16: bool
 ) -> Callable[[int], None] | None:
-    """The same step by transformers' own model with torch's AdamW; None where it is not installed."""
+    """The same step by transformers' own model with torch's AdamW; None where it is not installed, and of
+    BEiT v2, whose two heads it has not."""
+    if config.early_layer:
+        return None
     try:
         from transformers import BeitConfig as TheirConfig
         from transformers import BeitForMaskedImageModeling as TheirModel
@@ -219,8 +228,10 @@ def transformers_step(
         image_size=config.image_height_width[0],
         patch_size=config.patch_size,
         use_mask_token=True,
-        use_shared_relative_position_bias=True,
-        layer_scale_init_value=0.1,
+        use_absolute_position_embeddings=config.use_abs_pos_emb,
+        use_relative_position_bias=config.rel_pos_bias == "per_block",
+        use_shared_relative_position_bias=config.rel_pos_bias == "shared",
+        layer_scale_init_value=config.init_values,
         drop_path_rate=0.0,
     )
     model = TheirModel(theirs).train()
@@ -241,7 +252,7 @@ def transformers_step(
     return work
 
 
-def noise(folder: Path, count: int = 64) -> Path:
+def noise(folder: Path, count: int) -> Path:
     """JPEGs of 500 x 375 pixels with as many bits a pixel as photographs have."""
     folder.mkdir()
     rng = np.random.default_rng(0)

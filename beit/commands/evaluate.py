@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from beit.data import ImageSource, SomeSkipped, TooManyBadImages, has_split, ope
 from beit.engine import Engine
 from beit.graphs import is_graph
 from beit.hub import synsets
-from beit.image import IMAGENET_MEAN, ImageSpec, timm_spec, transformers_spec, unilm_spec
+from beit.image import ImageSpec, Preset, preset_spec
 from beit.label_review import label_errors, suspects_of
 from beit.labelled import Side, in_order, with_truth
 from beit.metrics import (
@@ -45,7 +45,6 @@ from beit.metrics import (
     real_accuracy,
     top_k_right,
 )
-from beit.model import Beit
 from beit.names import printable
 from beit.plural import counted
 from beit.precision import Precision
@@ -70,7 +69,7 @@ class Evaluate:
     """Folder of DATA to score, where it has train/ and others; of a .csv its rows of that part."""
     img_size: PositiveInt | None = None
     """Pixels a side that the model sees, if not its own: its tables of positions are resized."""
-    preset: Literal["unilm", "timm", "transformers"] | None = None
+    preset: Preset | None = None
     """Prepare pictures by the rule of another code instead of the model's own."""
     real_labels: Path | None = None
     """ImageNet's reassessed labels: a .json with a list of class numbers for each validation picture."""
@@ -101,7 +100,9 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
         img_size=settings.img_size,
     )
     if settings.preset is not None:
-        engine.model.image_spec = preset_spec(engine.model, settings.preset)
+        engine.model.image_spec = preset_spec(
+            engine.model.image_spec, settings.preset, engine.model.config.embed_dim
+        )
     opened = open_source(settings.data, settings.split, labelled=True)
     opened_side = with_truth(opened, settings.data, engine.several_labels)
     side, matched_by = in_the_models_words(engine, settings, opened_side)
@@ -313,18 +314,6 @@ def same_of(answers: Answers, looked: Looked) -> list[tuple[str, list[str]]]:
         note = f"two labels: {', '.join(labels)}; equal pixels" if two else "equal pixels"
         groups.append((not two, note, [source.name(i) for i in group]))
     return [(note, names) for _, note, names in sorted(groups)]
-
-
-def preset_spec(model: Beit, preset: str) -> ImageSpec:
-    """How another code prepares pictures for a model of this size; mean and std stay the model's."""
-    size, (mean, std) = model.image_spec.size[0], (model.image_spec.mean, model.image_spec.std)
-    if preset == "unilm":
-        return unilm_spec(size, mean, std)
-    if preset == "timm":  # its large v2 models have a ratio of their own; v1's large have other means
-        return timm_spec(
-            size, mean, std, large_v2=model.config.embed_dim == 1024 and mean == IMAGENET_MEAN
-        )
-    return transformers_spec(size, mean, std)
 
 
 def as_the_data_says(labels: Sequence[str], source: ImageSource) -> tuple[str, list[str]]:

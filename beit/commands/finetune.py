@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -33,7 +33,7 @@ from beit.flops import peak_flops, training_flops
 from beit.frozen import FrozenClassifier, frozen_classifier
 from beit.handover import to_classifier
 from beit.hub import is_size, other_names
-from beit.image import unilm_spec
+from beit.image import Preset, cropped_spec, preset_spec, unilm_spec
 from beit.labelled import Labelled, Side, open_labelled
 from beit.metrics import fit_temperature
 from beit.model import Beit, BeitForImageClassification, variant
@@ -69,13 +69,17 @@ class Finetune:
     holds none out."""
     method: Literal["head", "best", "full"] | None = None
     """head: a linear head on frozen features. full: train all. best: train all, and take the head where
-    that is better. Chosen by the number of pictures; full where a setting of training is given."""
+    that is better. Chosen by the number of pictures; full where epochs, steps, batch size, lr, layer decay
+    or crop scale are given."""
     use_epoch: Literal["best", "last"] = "best"
     """Which weights to keep: those that were best on the validation pictures, or the last."""
     img_size: PositiveInt | None = None
     """Pixels; the model's own where not given."""
     crop_ratio: AboveZero | None = None
-    """Centre that evaluation looks at; 0.875 below 384 pixels where not given, 1 shows all."""
+    """Centre that evaluation looks at; the model's own, or 0.875 below 384 pixels, where not given; 1 shows
+    all."""
+    preset: Preset | None = None
+    """Prepare pictures for evaluation by the rule of another code instead of the model's own."""
     drop_path: BelowOne = 0.1
     """Stochastic depth of the last block."""
     epochs: PositiveInt | None = None
@@ -91,13 +95,15 @@ class Finetune:
     lr: NotNegative | None = None
     """Peak learning rate of the head, 0.001 where not given; the paper's 4e-3 is for a batch of 1024."""
     min_lr: NotNegative = 1e-6
+    """Rate that the end comes near to; the peak where that is lower."""
     layer_decay: AboveZero | None = None
     """Each layer below learns this much slower: 0.65 base, 0.75 large where not given; 1 turns it off."""
     weight_decay: NotNegative = 0.05
     clip_grad_norm: NotNegative = 0.0
     """0 turns clipping off."""
     ema_decay: BelowOne = 0.0
-    """Validate and keep a running average of the weights, 0.9999 is usual; 0 the weights themselves."""
+    """Validate and keep a running average of the weights, 0.9999 is usual, less in the first steps; 0 the
+    weights themselves."""
     label_smoothing: BelowOne = 0.1
     class_weights: Annotated[bool | None, Parameter(negative="--no-class-weights")] = None
     """Rare classes count more in the loss, by one over the root of their number; where not given, if one
@@ -236,6 +242,15 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
     return result
 
 
+# What only a training has, not a head on frozen features.
+OF_TRAINING = {
+    "use_epoch", "drop_path", "epochs", "steps", "warmup_epochs", "batch_size", "device_batch_size", "lr",
+    "min_lr", "layer_decay", "weight_decay", "clip_grad_norm", "ema_decay", "label_smoothing",
+    "class_weights", "crop_scale", "hflip", "rand_augment", "reprob", "mixup", "cutmix",
+    "gradient_checkpointing", "compile",
+}  # fmt: skip
+
+
 def choose(settings: Finetune, data: Labelled, depth: int | None) -> Finetune:
     """The settings with all that was not given; says what was chosen, and what is odd in the data."""
     new = chosen(vars(settings), data, depth)
@@ -250,6 +265,15 @@ def choose(settings: Finetune, data: Labelled, depth: int | None) -> Finetune:
         told = ", ".join(f"{name} {value}" for name, value in new.items())
         pictures = counted(len(data.train.source), "picture")
         distributed.say(f"chosen for {pictures} of {len(data.classes)} classes: {told}")
+    idle = [
+        f.name
+        for f in fields(settings)
+        if f.name in OF_TRAINING and getattr(settings, f.name) != f.default
+    ]
+    if new.get("method", settings.method) == "head" and idle:
+        distributed.say(
+            f"not used: {', '.join(idle)}; a linear head is fitted, and --method best or full trains"
+        )
     if new.get("class_weights"):
         distributed.say(
             f"classes have {data.counts.min()} to {data.counts.max()} pictures: rare ones count more in "
@@ -289,8 +313,10 @@ def starting_model(
     else:
         model, report = to_classifier(start, classes, settings.img_size, settings.drop_path)
         distributed.say(f"{settings.model}: {report}")
+    if settings.preset is not None:
+        model.image_spec = preset_spec(model.image_spec, settings.preset, model.config.embed_dim)
     if settings.crop_ratio is not None:
-        model.image_spec = replace(model.image_spec, crop_ratio=settings.crop_ratio)
+        model.image_spec = cropped_spec(model.image_spec, settings.crop_ratio)
     model.gradient_checkpointing = settings.gradient_checkpointing
     return model
 
@@ -390,7 +416,7 @@ def fit(
         if watched is not None and step and step % every == 0:
             with run.apart():
                 watched.look(step, kept())
-        lr = cosine_schedule(step, total, warmup, settings.lr, settings.min_lr)
+        lr = cosine_schedule(step, total, warmup, settings.lr, min(settings.min_lr, settings.lr))
         set_learning_rate(optimizer, lr)
         images = normalise(to_unit(pictures, device), spec)
         labels = truth[indices].to(device)
@@ -453,7 +479,7 @@ def view_of(settings: Finetune, model: BeitForImageClassification) -> CropAndFli
     assert settings.crop_scale is not None
     red, green, blue = (min(255, round(255 * value)) for value in model.image_spec.mean)
     return CropAndFlip(
-        model.config.image_height_width[0],
+        model.config.image_height_width,
         settings.crop_scale,
         hflip=settings.hflip,
         rand_augment=settings.rand_augment,

@@ -27,7 +27,15 @@ from beit.features import default_layer
 from beit.flops import peak_flops, training_flops
 from beit.handover import hand_over
 from beit.hub import HubError, is_size, other_names
-from beit.image import HALF, IMAGENET_MEAN, IMAGENET_STD, BadImage, ImageSpec, OpenImage
+from beit.image import (
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    BadImage,
+    ImageSpec,
+    OpenImage,
+    cropped_spec,
+)
 from beit.masking import sample_mask, sample_random_mask
 from beit.metrics import codebook_use
 from beit.model import BeitConfig, BeitForMaskedImageModeling, masked_of, variant
@@ -88,6 +96,7 @@ class Pretrain:
     """Peak learning rate: the paper's, of base at a batch of 2048. Small networks did best here at 4e-3 to
     8e-3 with a batch of 64."""
     min_lr: NotNegative = 1e-5
+    """Rate that the end comes near to; the peak where that is lower."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     weight_decay: NotNegative = 0.05
     clip_grad_norm: NotNegative = 3.0
@@ -255,7 +264,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     ):
         if step % draw_every == 0:
             look(watch, run, model, step, tokenizer.vocab_size, probe=step % probe_every == 0)
-        lr = cosine_schedule(step, total, warmup, settings.lr, settings.min_lr)
+        lr = cosine_schedule(step, total, warmup, settings.lr, min(settings.min_lr, settings.lr))
         set_learning_rate(optimizer, lr)
         guessed = guess_hidden(
             network, tokenizer, batch, model.image_spec, settings.precision, device,
@@ -410,7 +419,7 @@ def starting_model(settings: Pretrain, vocab_size: int) -> BeitForMaskedImageMod
         mean, std = (HALF, HALF) if settings.statistics == "half" else (IMAGENET_MEAN, IMAGENET_STD)
         model.image_spec = replace(model.image_spec, mean=mean, std=std)
     if settings.crop_ratio is not None:
-        model.image_spec = replace(model.image_spec, crop_ratio=settings.crop_ratio)
+        model.image_spec = cropped_spec(model.image_spec, settings.crop_ratio)
     if start is not None:
         same_tokens = start.config.vocab_size == vocab_size
         tensors = {

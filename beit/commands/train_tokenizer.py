@@ -153,7 +153,7 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
         distributed.size(),
     )
     total = settings.steps or settings.epochs * loader.steps_per_epoch
-    min_lr = settings.lr / 100 if settings.min_lr is None else settings.min_lr
+    min_lr = settings.lr / 100 if settings.min_lr is None else min(settings.min_lr, settings.lr)
     warmup = min(100, total // 10)
     if settings.warmup_epochs is not None:
         warmup = min(total, round(settings.warmup_epochs * loader.steps_per_epoch))
@@ -220,10 +220,10 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
         update(optimizer, distributed.mean(loss))
 
         if (step + 1) % settings.log_every == 0 or step + 1 == total:
-            use = codebook_use(distributed.total(seen.counts).cpu().numpy())
+            use = codebook_use(seen.counts.cpu().numpy())
             run.log(
                 step + 1,
-                **in_words(tokenizer, distributed.mean(seen.mean_error()).item()),
+                **in_words(tokenizer, seen.mean_error().item()),
                 live_codes=use.live,
                 perplexity=use.perplexity,
                 lr=lr,
@@ -423,8 +423,8 @@ def model_features(model: Beit, grid: tuple[int, int], images: Tensor) -> Tensor
 
 
 class Seen(nn.Module):
-    """Codes and errors since the last line of metrics. Buffers, so that they are saved with the
-    weights, and a line after a resume is the mean of all its steps."""
+    """Codes and errors of all processes since the last line of metrics. Buffers, so that they are saved
+    with the weights, and a line after a resume is the mean of all its steps."""
 
     counts: Tensor
     error: Tensor
@@ -438,9 +438,10 @@ class Seen(nn.Module):
 
     def add(self, token_ids: Tensor, error: Tensor) -> None:
         """Take in a step, unless it is not finite."""
-        finite = error.detach().isfinite()
-        self.counts += count_tokens(token_ids, len(self.counts)) * finite
-        self.error += torch.where(finite, error.detach(), 0)
+        error = distributed.mean(error.detach())
+        finite = error.isfinite()
+        self.counts += distributed.total(count_tokens(token_ids, len(self.counts))) * finite
+        self.error += torch.where(finite, error, 0)
         self.steps += finite
 
     def mean_error(self) -> Tensor:

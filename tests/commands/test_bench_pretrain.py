@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import Cli
 
+from beit.commands.bench_pretrain import transformers_step
 from beit.flops import training_flops
-from beit.model import VARIANTS
+from beit.model import VARIANTS, BeitForMaskedImageModeling
+from beit.tokenizer import DiscreteVAE
 
 from .conftest import Done
 
@@ -51,6 +56,46 @@ def test_a_table_for_people(cli: Cli, tokenizer: Done) -> None:
     assert code == 0
     for part in ("model", "tokenizer", "loader", "all together", "GFLOP an image"):
         assert part in out
+
+
+def test_a_step_has_as_many_pictures_as_were_asked_for(
+    cli: Cli, shapes: Path, tokenizer: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model": "beit_mini_patch8_32", "tokenizer": tokenizer.folder, "turns": 1, "steps": 1}
+    code, _, err = cli("bench-pretrain", shapes / "train", **options, batch_size=37)
+    assert code == 2
+    assert "has 36 pictures, and a step takes 37" in err
+    encoded = []
+    encode = DiscreteVAE.encode
+    monkeypatch.setattr(DiscreteVAE, "encode", lambda s, x: encoded.append(len(x)) or encode(s, x))
+    assert cli("bench-pretrain", **options, batch_size=72, precision="fp32", workers=0)[0] == 0
+    assert set(encoded) == {72}
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"rel_pos_bias": "none", "use_abs_pos_emb": True}, {"rel_pos_bias": "per_block"}]
+)
+def test_transformers_is_timed_on_the_same_network_or_not_at_all(kind: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    config = replace(VARIANTS["beit_mini_patch8_32"].for_pretraining(32), **kind)
+    made = []
+    init = transformers.BeitForMaskedImageModeling.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            transformers.BeitForMaskedImageModeling,
+            "__init__",
+            lambda model, given: made.append(model) or init(model, given),
+        )
+        given = (
+            torch.zeros(1, 3, 32, 32),
+            torch.ones(1, 4, 4, dtype=torch.bool),
+            torch.zeros(1, 4, 4).long(),
+        )
+        assert transformers_step(config, *given, False) is not None
+        assert transformers_step(replace(config, early_layer=3), *given, False) is None
+    ours = sum(p.numel() for p in BeitForMaskedImageModeling(config).parameters())
+    theirs = sum(p.numel() for p in made[0].parameters())
+    assert theirs == ours
 
 
 def test_a_wrong_model_is_named(cli: Cli) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from PIL import Image
 import beit.commands.evaluate
 from beit.checkpoints import load, load_model, save
 from beit.cli import app
-from beit.commands.evaluate import Evaluate, evaluate, preset_spec
+from beit.commands.evaluate import Evaluate, evaluate
 from beit.data import open_source
 from beit.engine import Engine
 from beit.hub import class_names
-from beit.image import HALF, IMAGENET_MEAN
-from beit.model import Beit, BeitConfig, BeitForImageClassification
+from beit.image import HALF, IMAGENET_MEAN, ImageSpec, preset_spec
+from beit.model import BeitConfig, BeitForImageClassification
 
 from .conftest import FINETUNE, Done, run
 
@@ -183,7 +183,7 @@ def test_each_preset_equals_a_loop_of_ten_lines(
     for number, name in enumerate(["disc", "square", "triangle"]):
         assert result["per_class"][name] == right[labels == number].mean()
     engine = Engine(finetuned.folder, "torch", "fp32")
-    engine.model.image_spec = preset_spec(engine.model, preset)
+    engine.model.image_spec = preset_spec(engine.model.image_spec, preset, 96)
     np.testing.assert_allclose(engine.logits_of(open_source(oblong)), logits, atol=1e-5)
 
 
@@ -199,10 +199,7 @@ def test_presets_are_different_preparations(finetuned: Done, oblong: Path) -> No
 )
 def test_timms_preset_knows_its_large_v2(embed_dim: int, mean: Any, ratio: float) -> None:
     """timm's published crop_pct: 0.9, and 0.95 for beitv2_large; v1's large have other means."""
-    config = BeitConfig(img_size=16, patch_size=16, embed_dim=embed_dim, depth=1, num_heads=4)
-    model = Beit(config)
-    model.image_spec = replace(model.image_spec, mean=mean)
-    spec = preset_spec(model, "timm")
+    spec = preset_spec(ImageSpec((16, 16), mean=mean), "timm", embed_dim)
     assert (spec.crop_ratio, spec.mean, spec.size) == (ratio, mean, (16, 16))
 
 

@@ -26,13 +26,14 @@ from safetensors.torch import load_file
 
 import beit.commands.finetune
 import beit.finetune_defaults
-from beit.checkpoints import load
+from beit.augment import EraseAndMix
+from beit.checkpoints import load, save
 from beit.commands.finetune import Finetune, length_of
 from beit.criterion import Criterion
 from beit.data import open_source
 from beit.engine import Engine
 from beit.frozen import frozen_classifier
-from beit.image import preprocess, read_image
+from beit.image import preprocess, read_image, transformers_spec
 from beit.model import VARIANTS, BeitForImageClassification
 from beit.recipes import FOLDER
 from beit.run import read_metrics
@@ -421,8 +422,9 @@ def test_the_average_of_the_weights_is_validated_and_saved(shapes: Path, tmp_pat
     torch.testing.assert_close(steps[-1]["head.weight"], last["head.weight"], rtol=0, atol=0)
     first = load_file(done.folder / "checkpoints" / "step-00000001" / "ema.safetensors")["head.weight"]
     average = first
-    for step in steps[1:]:
-        average = 0.5 * average + 0.5 * step["head.weight"]
+    for before, step in enumerate(steps[1:], 1):
+        decay = min(0.5, (1 + before) / (10 + before))
+        average = decay * average + (1 - decay) * step["head.weight"]
     torch.testing.assert_close(done.weights["classifier.weight"], average)
     said = done.result["val_accuracy"]
     assert said == read_metrics(done.folder / "validation.jsonl")[-1]["accuracy"]
@@ -638,6 +640,75 @@ def test_the_saved_model_is_calibrated_on_the_validation_pictures(
     assert min(losses) == losses[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("squash", "bilinear", 1.0)),
+        ({"crop_ratio": 0.5}, ("short_side", "bilinear", 0.5)),
+        ({"preset": "unilm"}, ("short_side", "bicubic", 0.875)),
+        ({"preset": "unilm", "crop_ratio": 1}, ("short_side", "bicubic", 1.0)),
+    ],
+)
+def test_the_preparation_is_the_models_unless_another_is_asked_for(
+    shapes: Path, tmp_path: Path, pretrained: Done, options: dict[str, Any], expected: Any
+) -> None:
+    start = load(pretrained.folder)
+    start.image_spec = transformers_spec(32)  # as those released have it
+    save(start, tmp_path / "start")
+    done = run(
+        tmp_path / "run", "finetune", shapes, **{**QUICK, "crop_ratio": None, **options},
+        method="head", model=tmp_path / "start",
+    )  # fmt: skip
+    spec = load(done.folder).image_spec
+    assert (spec.resize, spec.filter, spec.crop_ratio) == expected
+
+
+def test_a_rectangular_model_learns_from_rectangles(
+    shapes: Path, tmp_path: Path, pretrained: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(load(pretrained.folder, img_size=(32, 64)), tmp_path / "start")
+    seen = []
+    normalise = beit.commands.finetune.normalise
+
+    def watch(images: torch.Tensor, spec: Any) -> torch.Tensor:
+        seen.append(tuple(images.shape[2:]))
+        return normalise(images, spec)
+
+    monkeypatch.setattr(beit.commands.finetune, "normalise", watch)
+    options = {**FINETUNE, "model": tmp_path / "start", "steps": 2}
+    done = run(tmp_path / "run", "finetune", shapes, **options)
+    assert set(seen) == {(32, 64)}
+    assert load(done.folder).config.img_size == (32, 64)
+
+
+def test_what_a_linear_head_has_no_use_for_is_named(
+    shapes: Path, tmp_path: Path, pretrained: Done
+) -> None:
+    options = {"model": pretrained.folder, "hflip": 0, "mixup": 0.8, "workers": 0}
+    done = run(tmp_path / "run", "finetune", shapes, **options, method="head")
+    assert "not used: hflip, mixup; a linear head is fitted" in done.said
+
+
+def test_the_page_shows_the_first_batch_as_the_network_saw_it(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which partner a picture is mixed with, and where boxes are erased, depends on the whole batch."""
+    seen: list[torch.Tensor] = []
+    erase_and_mix = EraseAndMix.__call__
+
+    def watch(*given: Any) -> Any:
+        images, wanted = erase_and_mix(*given)
+        seen.append(images.clone())
+        return images, wanted
+
+    monkeypatch.setattr(EraseAndMix, "__call__", watch)
+    options = {**FINETUNE, "model": "beit_mini_patch8_32", "steps": 2, "batch_size": 24}
+    run(tmp_path / "run", "finetune", shapes, **options, mixup=0.8, cutmix=1.0, reprob=0.5, report=True)
+    first, second, shown = seen
+    torch.testing.assert_close(shown, first, atol=0, rtol=0)
+    assert not torch.equal(first, second)
+
+
 def test_unbalanced_classes_are_weighed_and_said_so(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -662,6 +733,10 @@ def test_a_csv_with_several_labels_trains_a_question_a_class(tmp_path: Path) -> 
     done = run(tmp_path / "run", "finetune", tmp_path / "some.csv", **options)
     assert list(load(done.folder).id2label.values()) == ["disc", "edges", "square", "triangle", "warm"]
     assert "mean average precision on 9 validation pictures" in done.said
+    page = (done.folder / "report.html").read_text()
+    assert "share of yes and no right" in page  # not in one chart with mean average precision
+    with pytest.raises(ValueError, match="--class-weights is for one label a picture"):
+        run(tmp_path / "weighed", "finetune", tmp_path / "some.csv", **options, class_weights=True)
     assert done.result["val_accuracy"] > 0.8  # chance is about the classes' shares, 0.44
     config = json.loads((done.folder / "config.json").read_text())
     assert config["problem_type"] == "multi_label_classification"  # transformers' word for it

@@ -277,6 +277,14 @@ def test_same_seed_gives_bit_equal_weights_and_a_stopped_run_goes_on_to_them(
     assert not torch.equal(one.weights["lm_head.weight"], other.weights["lm_head.weight"])
 
 
+def test_no_rate_is_above_the_peak(shapes: Path, tmp_path: Path, short: dict[str, Any]) -> None:
+    """Nor where that is below the usual rate of the end."""
+    options = {**short, "lr": 1e-7, "log_every": 1}
+    done = run(tmp_path / "run", "pretrain", shapes / "train", **options)
+    assert max(line["lr"] for line in done.metrics) == 1e-7
+    assert done.metrics[-1]["lr"] == 1e-7
+
+
 def test_gradient_checkpointing_changes_no_weight(
     shapes: Path, tmp_path: Path, short: dict[str, Any]
 ) -> None:

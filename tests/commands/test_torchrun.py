@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +135,22 @@ def test_two_processes_train_a_tokenizer_together(shapes: Path, tmp_path: Path, 
     for ours, theirs in zip(two.metrics, one.metrics, strict=True):
         assert ours["psnr_db"] == pytest.approx(theirs["psnr_db"], rel=1e-3)
         assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=0.02)
+
+
+def test_what_two_processes_log_of_a_tokenizer_is_the_same_after_a_resume(
+    shapes: Path, tmp_path: Path
+) -> None:
+    """A line is of all steps since the one before, those before the checkpoint too."""
+    options = {**TOKENIZER, "steps": 4, "log_every": 4, "save_every": 2, "lr": 1e-3}
+    torchrun(tmp_path / "run", "train-tokenizer", shapes / "train", **options)
+    unbroken = (tmp_path / "run" / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    (tmp_path / "run" / "config.json").unlink()
+    torchrun(tmp_path / "run", "train-tokenizer", shapes / "train", **options)
+    again = (tmp_path / "run" / "metrics.jsonl").read_text()
+    told = [json.loads(text) for text in (unbroken, again)]
+    for key in ("step", "psnr_db", "live_codes", "perplexity"):
+        assert told[0][key] == told[1][key]
 
 
 def test_a_batch_that_does_not_divide_is_refused(
