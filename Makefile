@@ -1,8 +1,8 @@
 # make demo   the whole way on handwritten digits: tokenizer, pre-training, fine-tuning, a page to read
 # make test   every test and check; what CI runs
 # make check  ruff and mypy alone
-# make bench  the measured tables of benchmarks/results (minutes to hours; not part of make test)
-# make chaos  200 kills, 50 stops, full disks, damaged files, NaNs (20 to 60 min; make test does a few of each)
+# make bench  the digits' table; other results name their command in their first lines (not part of make test)
+# make chaos  200 kills, 50 stops, full disks, damaged files, NaNs (4 to 10 min; make test does a few of each)
 # make chaos-embed  200 kills of beit embed on 5,000 pictures (minutes)
 # make soak   64 threads at one engine for a minute, by torch and by OpenVINO
 # Each sets up .venv first. `make demo DEMO_ARGS=--fast` takes under a minute.

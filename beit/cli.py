@@ -128,6 +128,7 @@ STOPPED = {
     ),
 }
 
+STARTS = "--recipe NAME or --config RUN/run.toml sets what no flag does.\n"
 EPILOGUE = "\n".join(
     [
         "Examples:",
@@ -137,6 +138,8 @@ EPILOGUE = "\n".join(
         "`beit <command> --help` tells the settings of one. --recipe NAME begins from a published one's,",
         "--config RUN/run.toml from an earlier run's; flags override either.",
         "With --offline, or BEIT_OFFLINE=1, no command downloads a model.",
+        "Exit codes: 0 done, 1 a defect, 2 wrong use, 3 done but for some pictures, 4 too many unreadable,",
+        "5 no such model or a bad one, 6 cannot write, 130 or 143 stopped (docs/runs.md).",
         "",
     ]
 )
@@ -157,7 +160,7 @@ for _name, (_help, _example) in COMMANDS.items():
         f"beit.commands.{_place}:{_place}",
         name=_name,
         help=_help,
-        help_epilogue=f"Example: {_example}\n",
+        help_epilogue=f"Example: {_example}\n" + (STARTS if _name in TRAININGS else ""),
     )
 
 

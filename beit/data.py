@@ -190,7 +190,7 @@ def has_split(location: str | Path, split: str) -> bool:
         return split in parts_of_csv(place)
     if not (exists(place) and is_folder(place)):
         return False
-    if _split_folder(place, "train"):
+    if _is_divided(place, split):
         return _split_folder(place, split) is not None
     return bool(_shards_of(list_folder(place).places.roots[1:], split))
 
@@ -204,8 +204,19 @@ def _split_folder(place: str, split: str) -> str | None:
     return next(filter(is_folder, folders), None)
 
 
-def _list_folder(place: str, split: str) -> Listing:
+def _is_divided(place: str, split: str) -> bool:
+    """Whether the sub-folders of a folder are splits: train is there, or the one asked for is alone."""
     if _split_folder(place, "train"):
+        return True
+    folder = None if split == "train" else _split_folder(place, split)
+    if folder is None or is_address(place):
+        return False
+    beside = [e.name for e in os.scandir(place) if e.is_dir() and not e.name.startswith(".")]
+    return beside == [os.path.basename(folder)]
+
+
+def _list_folder(place: str, split: str) -> Listing:
+    if _is_divided(place, split):
         inside = _split_folder(place, split)
         if inside is None:
             raise ValueError(f"{place} has a train folder but no {split} folder")

@@ -13,15 +13,15 @@ from beit.export import OutputOf
 from beit.flops import forward_flops
 from beit.folded import fold
 from beit.graphs import Output
-from beit.model import Beit
+from beit.model import Beit, BeitConfig
 from beit.precision import autocast
 
-SMALL_FLOPS = 1e9  # of a picture: below, nothing gains over plain torch what it takes to prepare
+SMALL_FLOPS = 1e9  # of a picture: below, a few thousand must come before preparing anything has paid
 
 
-def is_small(model: Beit) -> bool:
-    """Whether a model is too small to gain by being prepared, or by another runtime."""
-    return forward_flops(model.config) < SMALL_FLOPS
+def is_small(config: BeitConfig) -> bool:
+    """Whether plain torch is taken without preparing it, or measuring other runtimes."""
+    return forward_flops(config) < SMALL_FLOPS
 
 
 class TorchModel:
@@ -43,7 +43,7 @@ class TorchModel:
         model.to(device, torch.float32).eval()  # many files hold float16
         self._model = model
         folded = own and device.type == "cpu" and not compile
-        folded = folded and not is_small(model)
+        folded = folded and not is_small(model.config)
         self._one_by_one = folded and fold(model, precision)
         if own and precision == "bf16":
             halve(model)

@@ -156,6 +156,15 @@ def test_folder_without_pictures_says_what_was_looked_for(tmp_path: Path) -> Non
         open_source(tmp_path)
 
 
+def test_a_split_that_is_there_alone_is_no_class(tmp_path: Path) -> None:
+    put(tmp_path, "set/validation/disc/0.png", "set/validation/square/0.png")
+    assert has_split(tmp_path / "set", "val")
+    assert open_source(tmp_path / "set", "val", labelled=True).classes == ("disc", "square")
+    put(tmp_path, "set/other/0.png")  # now both are classes
+    assert not has_split(tmp_path / "set", "val")
+    assert open_source(tmp_path / "set", "val").classes == ("other", "validation")
+
+
 def test_missing_split_is_named(tmp_path: Path) -> None:
     put(tmp_path, "train/cat/1.png")
     with pytest.raises(ValueError, match="has a train folder but no val folder"):

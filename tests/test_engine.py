@@ -536,7 +536,7 @@ def test_auto_measures_once_and_then_opens_the_graph_without_loading_the_model(
     import beit.checkpoints
     import beit.torch_model
 
-    assert Engine(folder).why == "the model is too small for another runtime to gain by it"
+    assert Engine(folder).why == "so small a model is not measured, and torch begins at once"
     assert not list(cache.glob("choice-*"))
     monkeypatch.setattr(beit.torch_model, "SMALL_FLOPS", 0)
     honest, threads = beit.torch_model.TorchModel.__call__, list[int]()

@@ -60,6 +60,7 @@ class BenchPretrain:
     compile: Compile = False
     """Compile each block, and DALL-E's encoder, with torch.compile."""
     device: str = "auto"
+    """cpu, cuda, cuda:1 and so on; auto takes a GPU where there is one."""
     workers: NonNegativeInt = 2
     """Processes that prepare pictures."""
     peak_tflops: NotNegative = 0.0

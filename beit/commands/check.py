@@ -33,7 +33,8 @@ SHOWN = 10
 @dataclass(frozen=True)
 class Check:
     data: Path
-    """What a run would be given: a folder, a list, shards or Parquet; of train/ and val/ both."""
+    """What a run would be given: a folder, a list, shards or Parquet; of train/ and val/ both. Several
+    labels of a picture, a;b, are counted as a class of that name."""
     _: KW_ONLY
     out: Annotated[Path | None, Parameter(alias="-o")] = None
     """Write what is wrong to this .csv: split, path, problem, detail."""

@@ -68,6 +68,7 @@ class Classify:
     threads: PositiveInt | None = None
     """Of the model; the runtime's choice if not given."""
     device: str = "auto"
+    """cpu, cuda, cuda:1 and so on; auto takes a GPU where there is one."""
     verbose: bool = False
     """Say which runtime computes, and why."""
 

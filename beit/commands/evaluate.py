@@ -60,8 +60,8 @@ from beit.validation import score
 @dataclass(frozen=True)
 class Evaluate:
     data: Path
-    """Folder with one sub-folder a class, or with val/ of such; or a .csv of path,label, such as the
-    split.csv of a run that held pictures out."""
+    """Folder with one sub-folder a class, or with train/ and val/ of such, or val/ alone; or a .csv of
+    path,label, such as the split.csv of a run that held pictures out."""
     _: KW_ONLY
     model: Annotated[str, Parameter(alias="-m")]
     """Model folder or file, hub:owner/name, or a name that `beit models` lists."""
@@ -79,10 +79,12 @@ class Evaluate:
     """Write a page to this .html: confusions, calibration, the worst mistakes, labels that look wrong; all
     labels, the most doubtful first, to PAGE_label_review.csv beside it."""
     max_bad_images: Share = 0.01
-    """Share of the pictures that may be unreadable; they are left out. More end with exit code 4."""
+    """Share of the pictures that may be unreadable, one at least unless 0; they are left out. More end with
+    exit code 4."""
     batch_size: PositiveInt = 64
     precision: Precision = "fp32"
     device: str = "auto"
+    """cpu, cuda, cuda:1 and so on; auto takes a GPU where there is one."""
     json: bool = False
     """Print one JSON line instead of a table."""
 

@@ -99,12 +99,14 @@ class Finetune:
     layer_decay: AboveZero | None = None
     """Each layer below learns this much slower: 0.65 base, 0.75 large where not given; 1 turns it off."""
     weight_decay: NotNegative = 0.05
+    """AdamW's; biases, norms and positions have none."""
     clip_grad_norm: NotNegative = 0.0
     """0 turns clipping off."""
     ema_decay: BelowOne = 0.0
     """Validate and keep a running average of the weights, 0.9999 is usual, less in the first steps; 0 the
     weights themselves."""
     label_smoothing: BelowOne = 0.1
+    """Share of a label that goes to all classes alike."""
     class_weights: Annotated[bool | None, Parameter(negative="--no-class-weights")] = None
     """Rare classes count more in the loss, by one over the root of their number; where not given, if one
     class has three times the pictures of another and no setting of training is given."""
@@ -124,17 +126,19 @@ class Finetune:
     calibrate: Annotated[bool, Parameter(negative="--no-calibrate")] = True
     """Divide the head by the temperature that fits the validation pictures best."""
     seed: NonNegativeInt = 0
+    """Of all that is drawn: weights, order, crops; the same one gives the same run."""
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
     gradient_checkpointing: bool = False
     """Less memory, more time."""
     compile: Compile = False
-    """Compile each block with torch.compile."""
+    """Compile each block with torch.compile, which needs a compiler of C++."""
     device: str = "auto"
+    """cpu, cuda, cuda:1 and so on; auto takes a GPU where there is one."""
     workers: NonNegativeInt = 2
     """Processes that prepare pictures; 0 leaves it to the run's own."""
     max_bad_images: Share = 0.01
-    """Share of the pictures that may be unreadable; more stops the run with exit code 4."""
+    """Share of the pictures that may be unreadable, one at least unless 0; more stops with exit code 4."""
     log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl."""
     save_every: PositiveInt = 500

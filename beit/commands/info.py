@@ -23,6 +23,7 @@ from beit.hub import is_size, resolve, sha256_of
 from beit.model import VARIANTS, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 from beit.plural import counted
 from beit.tokenizer_files import is_tokenizer, load_tokenizer
+from beit.torch_model import is_small
 
 
 @Parameter(name="*")
@@ -51,8 +52,6 @@ def info(settings: Info) -> dict[str, Any]:
         tokenizer = is_tokenizer(path)
         facts = (describe_tokenizer if tokenizer else describe_encoder)(path, settings)
         facts["sha256"] = sha256_of(path)
-        if not tokenizer:
-            facts["runtime"] = known_choice(path)
     if settings.json:
         print(json.dumps(facts, ensure_ascii=False))
         return facts
@@ -115,6 +114,8 @@ def describe_encoder(path: Path, settings: Info) -> dict[str, Any]:
         facts["assumed"] = found.assumed
     if found.provenance:
         facts["provenance"] = found.provenance
+    small = "torch, as so small a model is not measured"
+    facts["runtime"] = small if is_small(config) else known_choice(path)
     return facts
 
 

@@ -86,6 +86,7 @@ class Pretrain:
     steps: NonNegativeInt = 0
     """Training steps; 0 follows `epochs`."""
     warmup_epochs: NotNegative = 10.0
+    """Of rising learning rate; half of the run at most."""
     warmup_steps: NonNegativeInt = 0
     """0 follows `warmup_epochs`."""
     batch_size: PositiveInt = 256
@@ -98,7 +99,9 @@ class Pretrain:
     min_lr: NotNegative = 1e-5
     """Rate that the end comes near to; the peak where that is lower."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """AdamW's."""
     weight_decay: NotNegative = 0.05
+    """AdamW's; biases, norms and positions have none."""
     clip_grad_norm: NotNegative = 3.0
     """0 turns clipping off."""
     crop_scale: CropScale = (0.08, 1.0)
@@ -115,6 +118,7 @@ class Pretrain:
     tokenizer_fp16: bool = False
     """DALL-E's convolutions in float16, as the published runs had them; a token in a thousand differs."""
     seed: NonNegativeInt = 0
+    """Of all that is drawn: weights, order, crops; the same one gives the same run."""
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
     gradient_checkpointing: bool = False
@@ -125,10 +129,11 @@ class Pretrain:
     shard: bool = False
     """Spread weights and moments over the processes (FSDP2), for models that do not fit one GPU."""
     device: str = "auto"
+    """cpu, cuda, cuda:1 and so on; auto takes a GPU where there is one."""
     workers: NonNegativeInt = 2
     """Processes that prepare pictures; 0 leaves it to the run's own."""
     max_bad_images: Share = 0.01
-    """Share of the pictures that may be unreadable; more stops the run with exit code 4."""
+    """Share of the pictures that may be unreadable, one at least unless 0; more stops with exit code 4."""
     log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl."""
     save_every: PositiveInt = 500

@@ -78,6 +78,7 @@ class Probe:
     batch_size: PositiveInt = 64
     precision: Precision = "auto"
     device: str = "auto"
+    """cpu, cuda, cuda:1 and so on; auto takes a GPU where there is one."""
     workers: NonNegativeInt = 2
     """Threads that prepare pictures."""
     json: bool = False

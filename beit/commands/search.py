@@ -52,6 +52,7 @@ class Search:
     threads: PositiveInt | None = None
     """Of the model; the runtime's choice if not given."""
     device: str = "auto"
+    """cpu, cuda, cuda:1 and so on; auto takes a GPU where there is one."""
 
 
 @dataclass(frozen=True)

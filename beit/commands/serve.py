@@ -71,6 +71,7 @@ class Serve:
     threads: PositiveInt | None = None
     """Of the model; the runtime's choice if not given."""
     device: str = "auto"
+    """cpu, cuda, cuda:1 and so on; auto takes a GPU where there is one."""
 
 
 class Refused(Exception):

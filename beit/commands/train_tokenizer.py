@@ -101,13 +101,15 @@ class TrainTokenizer:
     hflip: Share = 0.5
     """Probability of mirroring; 0 for writing and signs."""
     seed: NonNegativeInt = 0
+    """Of all that is drawn: weights, order, crops; the same one gives the same run."""
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
     device: str = "auto"
+    """cpu, cuda, cuda:1 and so on; auto takes a GPU where there is one."""
     workers: NonNegativeInt = 2
     """Processes that prepare pictures; 0 leaves it to the run's own."""
     max_bad_images: Share = 0.01
-    """Share of the pictures that may be unreadable; more stops the run with exit code 4."""
+    """Share of the pictures that may be unreadable, one at least unless 0; more stops with exit code 4."""
     log_every: PositiveInt = 50
     """Steps between lines of metrics.jsonl."""
     save_every: PositiveInt = 500
