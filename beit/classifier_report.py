@@ -96,7 +96,9 @@ def curves(
     right, judged = {"training": line("train_accuracy")}, {"validation": watched("accuracy")}
     charts = {"accuracy": {**right, **judged}}
     if several:  # two measures: of yes and no nine in ten are right where every answer is no
-        charts = {"share of yes and no right": right, "mean average precision": judged}
+        charts = {
+            "share of yes and no right, training": right, "mean average precision, validation": judged,
+        }  # fmt: skip
     page.charts(
         [
             line_chart({"training": line("loss"), "validation": watched("loss")}, "step", "loss, nats"),

@@ -142,22 +142,23 @@ def label_errors(page: Page, file: Path, suspects: Sequence[Suspect], judged_by:
     likely = [s for s in suspects if s.confidence > 0.5][:SHOWN]
     page.section(
         "Labels that may be wrong",
-        f"{judged_by} {file.name} has all pictures in this order; correct the file names or "
-        "folders of those that are wrong, and train again."
+        f"{judged_by} {file.name} has all pictures in this order; correct those that are "
+        "wrong, in the folders or the .csv that they come from, and train again."
         if likely
         else f"None is contradicted with confidence. {judged_by}",
     )
     for suspect in likely:
+        suggested = suspect.suggested or "none"  # of several labels
         tiles = [
             (
                 picture_of(suspect.source, suspect.number),
-                f"labelled {suspect.given}; {suspect.suggested}? {suspect.confidence:.0%}",
+                f"labelled {suspect.given}; {suggested}? {suspect.confidence:.0%}",
                 file_name(suspect.source.name(suspect.number)),
             )
         ]
         for source, index in suspect.alike:
             name = file_name(source.name(index))
-            tiles.append((picture_of(source, index), f"alike, {suspect.suggested}", name))
+            tiles.append((picture_of(source, index), f"alike, {suggested}", name))
         page.tiles(tiles)
 
 

@@ -55,6 +55,7 @@ class Done:
 def run(out: Path, *words: str | Path, **options: object) -> Done:
     """`beit ... --out OUT`, in this process; nothing may come on stdout."""
     stdout, stderr = io.StringIO(), io.StringIO()
+    app.config = []  # what a test with --recipe or --config has left
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         result = app(command_line(*words, out=out, **options))
     assert stdout.getvalue() == ""
