@@ -39,9 +39,8 @@ Numbers = Annotated[
 
 
 def _has_compiler(_: Any, compile: bool | None) -> None:
-    name = os.environ.get(
-        "CXX", "clang++" if sys.platform == "darwin" else "g++"
-    )  # as torch looks for it
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    name = os.environ.get("CXX", usual)  # as torch looks for it
     if compile and sys.platform != "win32" and shutil.which(name) is None:
         raise ValueError(
             f"torch.compile needs a compiler of C++, and {name} is not there: install it, name another by "

@@ -16,7 +16,7 @@ from beit.graphs import Output
 from beit.model import Beit, BeitConfig
 from beit.precision import autocast
 
-SMALL_FLOPS = 1e9  # of a picture: below, a few thousand must come before preparing anything has paid
+SMALL_FLOPS = 1e9  # of a picture: below, plain torch answers at once, and nothing is prepared
 
 
 def is_small(config: BeitConfig) -> bool:
