@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -154,11 +154,8 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
         distributed.rank(),
         distributed.size(),
     )
-    total = settings.steps or settings.epochs * loader.steps_per_epoch
+    total, warmup = length_of(settings, loader.steps_per_epoch)
     min_lr = settings.lr / 100 if settings.min_lr is None else min(settings.min_lr, settings.lr)
-    warmup = min(100, total // 10)
-    if settings.warmup_epochs is not None:
-        warmup = min(total, round(settings.warmup_epochs * loader.steps_per_epoch))
 
     def batches(steps: range) -> Iterator[list[np.ndarray]]:
         for samples in loader.batches(steps, view):
@@ -194,32 +191,11 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
         lr = cosine_schedule(step, total, warmup, settings.lr, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        at_once = settings.device_batch_size or len(pictures)
-        parts = [pictures[start : start + at_once] for start in range(0, len(pictures), at_once)]
-        whole = len(parts) == 1
-        if isinstance(tokenizer, VQKD) and not whole:
-            with autocast(settings.precision, device):
-                tokenizer.begin_codebook(to_unit(part, device) for part in parts)
-        loss, error = torch.zeros(2, device=device)
-        taken = []
-        for number, part in enumerate(parts, 1):
-            images = to_unit(part, device)
-            target = () if teacher is None else (teacher(images),)
-            share = len(part) / len(pictures)
-            with distributed.gradients_sent(network, last=number == len(parts)):
-                with autocast(settings.precision, device):
-                    output = network(images, *target, moves_codebook=whole)
-                (share * output.loss).backward()
-            loss += share * output.loss.detach()
-            error += share * output.error.detach()
-            taken.append((output.directions, output.token_ids.flatten(1)))
-        directions, token_ids = map(torch.cat, zip(*taken, strict=True))
-        if not whole:
-            tokenizer.update_codebook(directions, token_ids)
+        learned = learn(network, tokenizer, teacher, pictures, settings, device)
         if step % settings.log_every == 0:
             seen.clear()
-        seen.add(token_ids, error)
-        update(optimizer, distributed.mean(loss))
+        seen.add(learned.token_ids, learned.error)
+        update(optimizer, distributed.mean(learned.loss))
 
         if (step + 1) % settings.log_every == 0 or step + 1 == total:
             use = codebook_use(seen.counts.cpu().numpy())
@@ -234,6 +210,14 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
     if loader.bad_images.found:
         print(f"{run.out}: {loader.bad_images}", file=sys.stderr)
     return distributed.on_main(lambda: finish(settings, tokenizer.eval(), teacher, source, total))
+
+
+def length_of(settings: TrainTokenizer, steps_per_epoch: int) -> tuple[int, int]:
+    """Steps of the run, and of its warm-up."""
+    total = settings.steps or settings.epochs * steps_per_epoch
+    if settings.warmup_epochs is None:
+        return total, min(100, total // 10)
+    return total, min(total, round(settings.warmup_epochs * steps_per_epoch))
 
 
 def finish(
@@ -419,6 +403,51 @@ def model_features(model: Beit, grid: tuple[int, int], images: Tensor) -> Tensor
     if pretrained:
         return F.layer_norm(states, states.shape[-1:])[:, 1:]
     return getattr(model, "fc_norm", model.norm)(states)[:, 1:]
+
+
+# --- The step ------------------------------------------------------------------------------------
+
+
+class Learned(NamedTuple):
+    """What came of a batch of B pictures, each of N tokens, on the device; its gradients are added up."""
+
+    loss: Tensor
+    error: Tensor  # of what was given back, mean over pictures
+    token_ids: Tensor  # (B, N)
+
+
+def learn(
+    network: nn.Module,
+    tokenizer: DiscreteVAE | VQKD,
+    teacher: Teacher | None,
+    pictures: list[np.ndarray],
+    settings: TrainTokenizer,
+    device: torch.device,
+) -> Learned:
+    """Learn from a batch, in parts that fit; the codebook is begun and moved by all of it."""
+    at_once = settings.device_batch_size or len(pictures)
+    parts = [pictures[start : start + at_once] for start in range(0, len(pictures), at_once)]
+    whole = len(parts) == 1
+    if isinstance(tokenizer, VQKD) and not whole:
+        with autocast(settings.precision, device):
+            tokenizer.begin_codebook(to_unit(part, device) for part in parts)
+    loss, error = torch.zeros(2, device=device)
+    taken = []
+    for number, part in enumerate(parts, 1):
+        images = to_unit(part, device)
+        target = () if teacher is None else (teacher(images),)
+        share = len(part) / len(pictures)
+        with distributed.gradients_sent(network, last=number == len(parts)):
+            with autocast(settings.precision, device):
+                output = network(images, *target, moves_codebook=whole)
+            (share * output.loss).backward()
+        loss += share * output.loss.detach()
+        error += share * output.error.detach()
+        taken.append((output.directions, output.token_ids.flatten(1)))
+    directions, token_ids = map(torch.cat, zip(*taken, strict=True))
+    if not whole:
+        tokenizer.update_codebook(directions, token_ids)
+    return Learned(loss, error, token_ids)
 
 
 # --- How it goes ---------------------------------------------------------------------------------
