@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import json
 import math
 import os
@@ -110,7 +111,7 @@ def open_source(location: str | Path, split: str = "train", labelled: bool = Fal
         Hugging Face's: one file, a folder, or a pattern such as shards-{000..099}.tar or s/*.tar. Or the
         same as an fsspec address, s3://...
     split: which sub-folder, which shards by the beginning of their names, or which rows by the column
-        part, to take where there are several.
+        part, to take where there are several; all of them where empty.
     labelled: refuse a source without labels.
     """
     place = _address(location)
@@ -154,17 +155,17 @@ def find_pictures(places: list[str], command: str) -> list[ImageSource | str]:
             found.append(place)
         elif place.startswith("-") and not exists(place):  # what cyclopts lets pass for the sake of -
             raise ValueError(f"{place} is no setting of {command}; `beit {command} --help` tells them")
-        elif exists(place) and is_folder(place):
-            pictures = list_folder(place).places  # all of them, whatever split they are in
-            nothing = np.empty(0, dtype=np.int64)
-            found.append(ImageSource(pictures, nothing, ()) if len(pictures) else open_source(place))
-        elif place.endswith((".txt", ".csv", ".tar", ".parquet")) and not _is_pattern(place):
-            found.append(open_source(place, ""))
         elif _is_pattern(place):
             matched = expand(place)
             if not matched:
                 raise ValueError(f"{place} matches no file")
-            found += find_pictures(matched, command)
+            # What ** matched below a folder that it matched too is in that one's list.
+            folders = tuple(f"{name}/" for name in matched if is_folder(name)) if "**" in place else ()
+            found += find_pictures([name for name in matched if not name.startswith(folders)], command)
+        elif place.endswith((".txt", ".csv", ".tar", ".parquet")) or (
+            exists(place) and is_folder(place)
+        ):
+            found.append(open_source(place, ""))
         else:
             found.append(place)
     files = [place for place in found if isinstance(place, str)]
@@ -176,6 +177,8 @@ def find_pictures(places: list[str], command: str) -> list[ImageSource | str]:
 
 def names_on_stdin() -> Iterator[str]:
     """The lines of stdin, the path of a picture each, as they come."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     return filter(None, (line.rstrip("\r\n") for line in sys.stdin))
 
 
@@ -216,7 +219,7 @@ def _is_divided(place: str, split: str) -> bool:
 
 
 def _list_folder(place: str, split: str) -> Listing:
-    if _is_divided(place, split):
+    if split and _is_divided(place, split):
         inside = _split_folder(place, split)
         if inside is None:
             raise ValueError(f"{place} has a train folder but no {split} folder")
@@ -231,7 +234,7 @@ def _list_folder(place: str, split: str) -> Listing:
     if not shards:
         return listing
     _refuse_unfinished(place, shards)
-    chosen = _shards_of(shards, split)
+    chosen = _shards_of(shards, split) if split else list(shards)
     if not chosen and _shards_of(shards, "train"):
         raise ValueError(f"{place} has shards named train but none named {split}")
     return _list_shards(chosen or list(shards), place)

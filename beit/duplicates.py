@@ -42,21 +42,30 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
 
 
 def near_pairs(thumbnails: np.ndarray) -> np.ndarray:
-    """(m, 2) pairs i < j of pictures whose thumbnails (n, 16, 16, 3) are nearly the same."""
+    """(m, 2) pairs i < j of pictures whose thumbnails (n, 16, 16, 3) are nearly the same.
+
+    As many as join all of them to groups, fewer than n: of a thousand blank pages not each with each.
+    """
     flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32) - 128
     lengths = np.einsum("ij,ij->i", flat, flat)
     contrast = flat.std(axis=1)
-    found = []
+    group = np.arange(len(flat))
+    pairs: list[tuple[int, int]] = []
     for begin in range(0, len(flat), _BLOCK):
         some = slice(begin, begin + _BLOCK)
         squares = lengths[some, None] + lengths - 2 * flat[some] @ flat.T
         different = np.sqrt(np.maximum(squares, 0) / flat.shape[1])
         less = np.minimum(contrast[some, None], contrast)
         near = different <= np.minimum(MOST_DIFFERENT, SHARE_OF_CONTRAST * less + ROUNDING)
-        i, j = np.nonzero(near)
-        pairs = np.stack([i + begin, j], axis=1)
-        found.append(pairs[pairs[:, 0] < pairs[:, 1]])
-    return np.concatenate(found) if found else np.empty((0, 2), dtype=np.int64)
+        for i, row in enumerate(near, begin):
+            others = i + 1 + np.flatnonzero(row[i + 1 :])
+            others = others[group[others] != group[i]]
+            _, firsts = np.unique(group[others], return_index=True)
+            others = np.sort(others[firsts])
+            pairs += [(i, int(j)) for j in others]
+            if len(others):
+                group[np.isin(group, group[others])] = group[i]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def joined(count: int, same: Iterable[Sequence[int]]) -> np.ndarray:

@@ -42,6 +42,7 @@ BAD_IMAGES = "bad_images.csv"
 WRITING = ".writing-"  # PID-HOST-...: where a process writes before the files have their names
 FORGOTTEN_S = 86_400.0  # what another host has not touched for a day is no longer being written
 BLOCK_BYTES = 64 << 20  # of float32 vectors, compared at once
+QUERIES = 256  # as many meet a block at once
 ROUNDING = 1e-4  # a float32 product of unit vectors is nearer than this to the true one
 
 Format = Literal["npy", "parquet"]
@@ -312,8 +313,11 @@ class Embeddings:
         best = [(np.empty(0), np.empty(0, dtype=np.int64)) for _ in queries]
         for first, block in self.blocks():
             lengths = np.linalg.norm(block, axis=1)
-            cosines = coarse @ block.T / np.maximum(lengths, np.float32(1e-30))  # (Q, rows)
-            for number, row in enumerate(cosines):
+            for number in range(len(coarse)):
+                if number % QUERIES == 0:  # many at once for speed, not all for room
+                    some = coarse[number : number + QUERIES]
+                    cosines = some @ block.T / np.maximum(lengths, np.float32(1e-30))  # (QUERIES, rows)
+                row = cosines[number % QUERIES]
                 # float32 chooses with room for its rounding; float64 decides, row by row, so that
                 # equal vectors have equal cosines wherever they lie.
                 count = min(top, len(row))

@@ -465,6 +465,8 @@ class Engine:
             return name, preprocess(opened.read(), self.image_spec)
         except BadImage as error:
             return name, error
+        except MemoryError:
+            return name, BadImage("memory", name, "there is not enough memory to prepare it")
 
     # --- Graphs that are kept ---
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from beit.atomic import replacing
 from beit.cache import cache_folder, forget_old
-from beit.embeddings import Embeddings, unit
+from beit.embeddings import QUERIES, Embeddings, unit
 
 TEN = 10  # neighbours that an index is tried with
 RECALL = 0.99  # of the ten nearest of some of its own pictures
@@ -43,7 +43,12 @@ def nearest(folder: Embeddings, queries: np.ndarray, top: int) -> tuple[np.ndarr
     index = opened(folder)
     # As many lists were enough for ten.
     index.nprobe = min(index.nlist, -(-index.nprobe * max(top, TEN) // TEN))
-    return found_by(index, folder, queries, top)
+    found = [
+        found_by(index, folder, queries[begin : begin + QUERIES], top)
+        for begin in range(0, len(queries), QUERIES)
+    ]
+    values, rows = zip(*found, strict=True)
+    return np.concatenate(values), np.concatenate(rows)
 
 
 def require() -> None:

@@ -1,4 +1,4 @@
-"""A folder held by one process at a time, however that ends."""
+"""A folder, or a file, held by one process at a time, however that ends."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ WAIT_S = 60.0  # until another process leaves it
 
 
 class FolderTaken(ValueError):
-    """Another process works in a folder and does not end."""
+    """Another process works in a folder, or on a file, and does not end."""
 
 
 class FolderLock:
-    """A folder held by this process, however that ends, so that no other trains in it."""
+    """A folder, or a file, held by this process, however that ends, so that no other writes there."""
 
     handle = -1
 
     def __init__(self, folder: Path) -> None:
         self.handle = os.open(folder, os.O_RDONLY)
         if self._is_taken():
-            print(f"{folder}: another process is at work there; waiting for its end", file=sys.stderr)
+            print(f"{folder}: another process is at work on it; waiting for its end", file=sys.stderr)
         until = time.monotonic() + WAIT_S  # a job that was requeued meets the one before
         while self._is_taken():
             if time.monotonic() >= until:
                 raise FolderTaken(
-                    f"another process is at work in {folder}; wait for its end, or choose another --out"
+                    f"another process is at work on {folder}; wait for its end, or choose another --out"
                 )
             time.sleep(0.5)
 
@@ -52,7 +52,7 @@ _held: WeakValueDictionary[str, FolderLock] = WeakValueDictionary()
 
 
 def hold(folder: Path) -> FolderLock | None:
-    """Hold a folder as long as what is returned lives; within a process once and the same for all.
+    """Hold a folder or a file as long as what is returned lives; the same for all of a process.
 
     Raises FolderTaken where another process still holds it after a minute. None where locks are not
     known, outside Unix.

@@ -56,6 +56,7 @@ PASSING = {
     )
 } - {None}  # fmt: skip
 PAUSES_S = (0.2, 1.0)  # before it is asked again
+THIN = 100  # times as much as is kept; what would be that large is resized in its middle alone
 READ_COST = 4096  # bytes that a read counts at least, so that a header of single bytes ends as well
 
 P = ParamSpec("P")
@@ -426,7 +427,10 @@ def _only_bad_images(name: str) -> Iterator[None]:
 
 def open_file(path: str | os.PathLike[str], name: str) -> io.BufferedReader:
     """A file to read, if it is one: a pipe would wait for its writer. Raises BadImage, OSError."""
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError:  # a zero byte
+        raise BadImage("missing", name, "no such file") from None
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
@@ -541,8 +545,17 @@ def resize_and_crop(image: np.ndarray, spec: ImageSpec) -> np.ndarray:
         max(width, int(picture.width * scale + 1e-6)),
         max(height, int(picture.height * scale + 1e-6)),
     )
-    picture = picture.resize(resized, filter_)
     left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
+    if resized[0] * resized[1] > THIN * width * height:
+        # The same but for rounding, and a line of 1 x 40,000,000 pixels takes no terabytes.
+        across, down = picture.width / resized[0], picture.height / resized[1]
+        box = np.array([left * across, top * down, (left + width) * across, (top + height) * down])
+        reach = 1 + 3 * max(across, down, 1)  # of a filter
+        x, y = np.maximum(np.floor(box[:2] - reach), 0).astype(int).tolist()
+        right, bottom = np.minimum(np.ceil(box[2:] + reach), picture.size).astype(int).tolist()
+        middle = picture.crop((x, y, right, bottom))
+        return np.asarray(middle.resize((width, height), filter_, tuple(box - [x, y, x, y])))
+    picture = picture.resize(resized, filter_)
     return np.asarray(picture.crop((left, top, left + width, top + height)))
 
 

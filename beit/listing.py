@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 import tarfile
+import threading
 import time
 from array import array
 from collections import Counter
@@ -34,7 +35,15 @@ from typing import IO, Any
 import numpy as np
 
 from beit.cache import UNSETTLED_S, cache_folder
-from beit.image import IMAGE_EXTENSIONS, BadImage, check_file_size, open_file, patiently
+from beit.image import (
+    IMAGE_EXTENSIONS,
+    MAX_FILE_BYTES,
+    BadImage,
+    check_file_size,
+    open_file,
+    patiently,
+)
+from beit.names import is_utf8, printable
 from beit.plural import counted
 from beit.workers import load_in_processes
 
@@ -159,8 +168,7 @@ class _Rows:
             return Listing(places, _NO_NUMBERS, ())
         found = list(self.classes)
         if all(name.isdecimal() for name in found):
-            classes = [str(number) for number in sorted({int(name) for name in found})]
-            found = [str(int(name)) for name in found]
+            classes = sorted(found, key=lambda name: (int(name), name))
             if names is not None:
                 if int(classes[-1]) >= len(names):
                     raise ValueError(
@@ -230,6 +238,11 @@ def _remote_bytes(address: str, name: str, start: int, size: int | None) -> byte
     system, path = file_system(address)
     try:
         size = system.size(path) if size is None else size
+        if size is None:  # it comes in pieces, and nobody says how many
+            with system.open(path, "rb") as stream:
+                content = stream.read(MAX_FILE_BYTES + 1)
+            check_file_size(len(content), name)
+            return bytes(content)
         check_file_size(size, name)
         return bytes(system.cat_file(path, start=start, end=start + size))
     except (OSError, BadImage):
@@ -398,8 +411,9 @@ def _local_files(
         for entry in entries:
             if not entry.name.startswith("."):
                 names.append(entry.name)
-                if entry.is_dir():
-                    folders.add(entry.name)
+                with suppress(OSError):  # a link that leads to itself
+                    if entry.is_dir():
+                        folders.add(entry.name)
     if inside and RUN_FILE in names:
         return
     names.sort()
@@ -441,6 +455,8 @@ def list_text(file: str) -> Listing:
         with _open(file) as stream:
             for number, line in enumerate(stream):
                 name = line.strip() if number else line.removeprefix(b"\xef\xbb\xbf").strip()
+                if b"\0" in name:
+                    raise ValueError(f"{file} is no list of paths in UTF-8, one a line; save it as such")
                 if name:
                     rows.add(name, None)
         return rows.listing([os.path.dirname(file)]), [file]
@@ -495,13 +511,19 @@ def parts_of_csv(file: str) -> frozenset[str]:
 def _csv_rows(file: str) -> Iterator[tuple[int, list[str]]]:
     """(number of its last line, row) of each row of a .csv. Raises ValueError for what is none."""
     # Spreadsheets begin theirs with a byte order mark.
-    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as stream:
+    with io.TextIOWrapper(
+        _open(file), encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ) as stream:
         reader = csv.reader(stream)
         try:
             for row in reader:
+                odd = next((text for text in row if not (text.isascii() or is_utf8(text))), None)
+                if odd is not None and not os.path.exists(_join(os.path.dirname(file), odd)):
+                    raise ValueError(
+                        f"line {reader.line_num} of {file} is not UTF-8 ({printable(odd)}), nor is that "
+                        "the name of a file; save it as UTF-8"
+                    )
                 yield reader.line_num, row
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 ({error}); save it as such") from None
         except csv.Error as error:
             raise ValueError(
                 f"line {reader.line_num} of {file} is no row of a .csv ({error}); "
@@ -525,7 +547,7 @@ def list_tars(files: Sequence[str], workers: int = 0) -> Listing:
         names = None
         if named:
             with _open(named) as stream:
-                lines = stream.read().decode("utf-8-sig").splitlines()
+                lines = stream.read().decode("utf-8-sig", "surrogateescape").splitlines()
             names = [line.strip() for line in lines if line.strip()]
         rows = _Rows()
         shards = load_in_processes(lambda i: _tar_members(files[i]), range(len(files)), workers)
@@ -547,12 +569,14 @@ def _tar_members(file: str) -> list[tuple[str, str | None, int, int]]:
     labels: dict[str, str] = {}
     ranks = {"cls": 0, "json": 1, "txt": 2}
     taken: dict[str, int] = {}  # the rank of the member that gave a key its label
+    links = 0
     try:
         with _open(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
                 name = member.name.removeprefix("./")
                 folder, slash, base = name.rpartition("/")
+                links += member.islnk() or member.issym()
                 if not member.isreg() or base.startswith("."):
                     continue
                 stem, _, extension = base.partition(".")
@@ -575,6 +599,12 @@ def _tar_members(file: str) -> list[tuple[str, str | None, int, int]]:
         raise ValueError(
             f"{file} is not a whole, uncompressed tar ({error}); `beit shard` makes such"
         ) from error
+    if links:
+        print(
+            f"{file}: left out {counted(links, 'link')}; `tar --dereference --hard-dereference` packs what "
+            "they lead to",
+            file=sys.stderr,
+        )
     plain = {key for key, name, _, _ in pictures if "." not in name[len(key) + 1 :]}
     # KEY.jpg hides KEY.mask.png, which belongs to it; IMG.2020.jpg alone is a picture.
     pictures = [p for p in pictures if p[0] not in plain or "." not in p[1][len(p[0]) + 1 :]]
@@ -657,8 +687,16 @@ def _open_parquet(file: str) -> tuple[Any, str, str | None, list[str] | None]:
     return parquet, image, label, names
 
 
-@functools.lru_cache(maxsize=2)  # who reads in order reads each row group once
+_reading = threading.Lock()
+
+
 def _row_group(file: str, group: int) -> Any:
+    with _reading:  # or each thread that comes to a new one would read it
+        return _read_row_group(file, group)
+
+
+@functools.lru_cache(maxsize=2)  # who reads in order reads each row group once
+def _read_row_group(file: str, group: int) -> Any:
     parquet, image, _, _ = _open_parquet(file)
     column = parquet.read_row_group(group, columns=[image], use_threads=False).column(0).combine_chunks()
     return column.field("bytes") if column.type.num_fields else column

@@ -9,6 +9,11 @@ import json
 from typing import Any
 
 
+def is_utf8(name: str) -> bool:
+    """Whether all bytes of a name are UTF-8."""
+    return not any("\udc80" <= letter <= "\udcff" for letter in name)
+
+
 def printable(text: str) -> str:
     """A line of text for a terminal: what would break it, move in it or hide is written as in Python."""
     return text if text.isprintable() else "".join(map(_escaped, text))

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,18 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shapes(root / "train", 12, seed=0)
     write_shapes(root / "val", 5, seed=1)
     return root
+
+
+@contextmanager
+def held_by_another_process(place: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process, which holds a folder or a file as `folder_lock` does."""
+    other = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)"
+    words = [sys.executable, "-c", f"{other}; print(flush=True); sys.stdin.read()", place]
+    with subprocess.Popen(words, stdin=-1, stdout=-1) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
 
 
 @pytest.fixture

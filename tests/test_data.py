@@ -118,7 +118,7 @@ def test_csv_of_a_spreadsheet_may_begin_with_a_byte_order_mark(tmp_path: Path) -
 
 def test_csv_in_another_encoding_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path,label\n1.png,Bär\n", encoding="latin-1")
-    with pytest.raises(ValueError, match=r"list\.csv is not UTF-8"):
+    with pytest.raises(ValueError, match=r"list\.csv is not UTF-8 \(B\\xe4r\)"):
         open_source(tmp_path / "list.csv")
 
 

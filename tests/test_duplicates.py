@@ -69,6 +69,17 @@ def test_pairs_are_found_beyond_a_block() -> None:
     assert near_pairs(thumbnails).tolist() == [[10, 2400], [1100, 1500]]
 
 
+def test_a_thousand_blank_pages_make_few_pairs_and_one_group() -> None:
+    rng = np.random.default_rng(0)
+    noisy = (250 - (rng.random((3000, 16, 16, 3)) < 0.01)).astype(np.uint8)
+    noisy[7], noisy[2999] = thumbnail(np.asarray(photo(1))), thumbnail(np.asarray(photo(1)))
+    pairs = near_pairs(noisy)
+    assert len(pairs) == 2998  # each page but one, and the photograph's copy
+    groups = joined(3000, pairs)
+    assert set(groups.tolist()) == {0, 7}
+    assert groups[2999] == 7
+
+
 def test_chains_are_joined_to_one_group_with_the_number_of_its_first() -> None:
     assert joined(7, [[5, 3], [3, 1], [6, 2]]).tolist() == [0, 1, 2, 1, 4, 1, 2]
     assert joined(3, []).tolist() == [0, 1, 2]

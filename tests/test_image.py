@@ -636,6 +636,25 @@ def test_short_side_is_resized_and_the_centre_cut_by_hand() -> None:
     np.testing.assert_array_equal(resize_and_crop(image, ImageSpec(size=(32, 32))), expected)
 
 
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (3, 2000), (2000, 4), (3001, 7)])
+@pytest.mark.parametrize("filter_name", ["bicubic", "lanczos"])
+def test_the_middle_of_a_thin_picture_is_that_of_all_of_it(
+    size: tuple[int, int], filter_name: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    spec = ImageSpec(size=(16, 20), crop_ratio=0.875, filter=filter_name)
+    middle = resize_and_crop(picture, spec)
+    monkeypatch.setattr(beit.image, "THIN", math.inf)
+    assert np.abs(middle.astype(int) - resize_and_crop(picture, spec)).max() <= 1
+
+
+def test_a_line_of_forty_million_pixels_is_prepared_in_little_memory() -> None:
+    line = np.zeros((40_000_000, 1, 3), dtype=np.uint8)
+    line[::2] = 255
+    spec = ImageSpec(size=(224, 224), crop_ratio=0.875)  # 256 x 10,240,000,000 if it were resized whole
+    assert np.array_equal(resize_and_crop(line, spec).mean(axis=(0, 1)).round(), [128, 128, 128])
+
+
 def test_pixels_are_scaled_and_normalised_by_hand() -> None:
     image = np.zeros((4, 4, 3), dtype=np.uint8)
     image[..., 0], image[..., 1], image[..., 2] = 255, 51, 0

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import beit.image
 import beit.listing
-from beit.data import ImageSource, has_split, open_source
+from beit.data import ImageSource, find_pictures, has_split, open_source
 from beit.image import BadImage
 
 
@@ -613,3 +615,107 @@ def test_a_million_paths_take_less_than_100_bytes_each() -> None:
     assert held / len(listing.places) < 60
     assert listing.places.name(77_777) == "root/n00000777/n00077777_77777.JPEG"
     assert listing.classes[listing.labels[77_777]] == "n00000777"
+
+
+# --- What is easily lost -------------------------------------------------------------------------
+
+
+def test_all_shards_of_a_folder_are_found_whatever_split_they_are_of(tmp_path: Path) -> None:
+    for number, name in enumerate(("train-00000", "val-00000", "deeper/val/0")):
+        write_tar(tmp_path / "shards" / f"{name}.tar", {"a.jpg": png(number)})
+    (found,) = find_pictures([str(tmp_path / "shards")], "classify")
+    assert isinstance(found, ImageSource)
+    assert sorted(shown(found)) == [0, 1, 2]
+
+
+def test_shards_beside_pictures_are_left_out_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "all" / "s-0.tar", {"a.jpg": png(1)})
+    (tmp_path / "all" / "b.png").write_bytes(png(2))
+    (found,) = find_pictures([str(tmp_path / "all")], "embed")
+    assert isinstance(found, ImageSource)
+    assert shown(found) == [2]
+    assert "left out 1 shard beside the pictures" in capsys.readouterr().err
+
+
+def test_a_pattern_that_goes_deeper_names_each_picture_once(tmp_path: Path) -> None:
+    for number, name in enumerate(("a.png", "b/c.png", "b/d/e.png", "bb.png")):
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p" / name).write_bytes(png(number))
+    found = find_pictures([f"{tmp_path}/p/**/*"], "classify")
+    names = [str(p.paths[i]) for p in found if isinstance(p, ImageSource) for i in range(len(p))]
+    names += [place for place in found if isinstance(place, str)]
+    told = sorted(os.path.relpath(name, tmp_path / "p") for name in names)
+    assert told == ["a.png", "b/c.png", "b/d/e.png", "bb.png"]
+
+
+def test_a_link_to_itself_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a.png").write_bytes(png(1))
+    (tmp_path / "p" / "loop").symlink_to("loop")
+    assert shown(open_source(tmp_path / "p")) == [1]
+
+
+def test_links_in_a_tar_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    os.link(tmp_path / "a.png", tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to("a.png")
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in ("a.png", "b.png", "c.png"):
+            tar.add(tmp_path / name, name)
+    assert shown(open_source(tmp_path / "s.tar")) == [1]
+    assert "left out 2 links" in capsys.readouterr().err
+
+
+def test_a_list_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a.png\nb.png\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"list\.txt is no list of paths in UTF-8"):
+        open_source(tmp_path / "list.txt")
+
+
+def test_a_csv_may_name_a_file_whose_name_is_no_utf8(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(name, "wb") as file:
+        file.write(png(3))
+    (tmp_path / "list.csv").write_bytes(b"path,label\ncaf\xe9.png,x\n")
+    assert shown(open_source(tmp_path / "list.csv", labelled=True)) == [3]
+    (tmp_path / "list.csv").write_bytes(b"path,label\nth\xe9.png,x\n")
+    with pytest.raises(ValueError, match=r"line 2 of .*list\.csv is not UTF-8 \(th\\xe9\.png\)"):
+        open_source(tmp_path / "list.csv", labelled=True)
+
+
+def test_a_picture_of_unknown_size_behind_an_address_is_read(
+    bucket: Callable[[str, bytes], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket("set/a.png", png(5))
+    source = open_source("memory://bucket/set")
+    system = beit.listing.file_system("memory://bucket")[0]
+    monkeypatch.setattr(type(system), "size", lambda *_: None)
+    assert shown(source) == [5]
+    monkeypatch.setattr(beit.listing, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(beit.image, "MAX_FILE_BYTES", 10)
+    with pytest.raises(BadImage, match="the limit is 10"):
+        source.read(0)
+
+
+def test_classes_named_by_numbers_keep_their_names_and_come_by_value(tmp_path: Path) -> None:
+    for number, name in enumerate(("1", "010", "002", "01")):
+        (tmp_path / "p" / name).mkdir(parents=True)
+        (tmp_path / "p" / name / "a.png").write_bytes(png(number))
+    source = open_source(tmp_path / "p", labelled=True)
+    assert source.classes == ("01", "1", "002", "010")
+    assert dict(zip(shown(source), named(source), strict=True)) == {0: "1", 1: "010", 2: "002", 3: "01"}
+
+
+def test_threads_read_a_row_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"image": [png(i) for i in range(16)], "label": list(range(16))})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=8)
+    source, read = open_source(tmp_path / "a.parquet"), []
+    ours = beit.listing._open_parquet
+    monkeypatch.setattr(beit.listing, "_open_parquet", lambda file: read.append(file) or ours(file))
+    with ThreadPoolExecutor(8) as pool:
+        values = list(pool.map(lambda i: int(source.read(i)[0, 0, 0]), range(16)))
+    assert values == list(range(16))
+    assert len(read) == 2

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import held_by_another_process
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -888,13 +889,9 @@ def test_a_folder_that_another_process_works_in_is_waited_for_and_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Run(tmp_path / "run", Settings())
-    other = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)"
-    words = [sys.executable, "-c", f"{other}; print(flush=True); sys.stdin.read()", tmp_path / "run"]
-    with subprocess.Popen(words, stdin=-1, stdout=-1) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
+    with held_by_another_process(tmp_path / "run") as process:
         monkeypatch.setattr(beit.folder_lock, "WAIT_S", 0)
-        with pytest.raises(FolderTaken, match="another process is at work in"):
+        with pytest.raises(FolderTaken, match="another process is at work on"):
             Run(tmp_path / "run", Settings(), overwrite=True)
         monkeypatch.setattr(beit.folder_lock, "WAIT_S", 60)
         threading.Timer(0.2, process.kill).start()

@@ -24,6 +24,7 @@ from beit.atomic import CannotWrite, check_place, replacing
 from beit.data import ImageSource, SomeSkipped, TooManyBadImages, find_pictures
 from beit.embeddings import model_sha256
 from beit.engine import Engine, Entry, Picture, Precision, Prediction, Runtime, each_picture
+from beit.folder_lock import hold
 from beit.hub import resolve
 from beit.listing import expand, is_address
 from beit.names import json_line, printable
@@ -106,6 +107,8 @@ def classify(settings: Classify) -> None:
     if settings.verbose:
         print(f"{engine.runtime} {engine.precision}: {engine.why}", file=sys.stderr)
     if out is not None:
+        so_far(out).touch()
+        lock = hold(so_far(out))
         width = min(settings.top, len(engine.labels))
         try:
             with progress_of(places) as progress, WRITERS[out.suffix](out, width) as write:
@@ -115,6 +118,7 @@ def classify(settings: Classify) -> None:
             kept = f"the answers so far are in {so_far(out)}"
             raise KeyboardInterrupt(f"{kept}, give the same command to go on") from None
         so_far(out).unlink()
+        del lock
         print(f"{counted(done, 'picture')} classified into {out}", file=sys.stderr)
     elif settings.json:
         answers = engine.classify(pictures, settings.top)
@@ -201,7 +205,7 @@ def rows_kept(out: Path, about: dict[str, Any]) -> int:
         stream.seek(0)
         first, begins = stream.readline(), json.dumps(about).encode() + b"\n"
         if first != begins and stream.readline().endswith(b"\n"):
-            before = json.loads(first)
+            before = json.loads(first) if first.startswith(b"{") else {}
             changed = [
                 f"{key} was {before.get(key)}, now {value}"
                 for key, value in about.items()
@@ -218,7 +222,9 @@ def rows_kept(out: Path, about: dict[str, Any]) -> int:
         stream.seek(len(first))
         kept, end = 0, stream.tell()
         for number, line in enumerate(iter(stream.readline, b""), 1):
-            if not line.endswith(b"\n"):
+            if not (
+                line.startswith(b'{"path":') and line.endswith(b"}\n")
+            ):  # cut, or lost with the power
                 break
             if number % about["batch_size"] == 0:  # batches that begin elsewhere round elsewhere
                 kept, end = number, stream.tell()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,12 @@ def search(settings: Search) -> list[Found]:
     pictures = list(each_picture(find_pictures(settings.images, "search")))
     if not pictures:
         raise ValueError("the list on stdin names no pictures; give it a path a line")
+    tall = len(pictures) * (SIDE + 4) + 4
+    if sheet is not None and sheet.suffix.lower() in (".jpg", ".jpeg") and tall > 65_500:
+        raise ValueError(
+            f"--sheet {sheet}: {counted(len(pictures), 'row')} are {tall:,} pixels, and a JPEG has 65,500 "
+            f"at most; name {sheet.stem}.html, or search for fewer at once"
+        )
     queries = embed(pictures, folder.manifest, settings)
     nearest = faiss_index.nearest if settings.approximate else Embeddings.nearest
     found = neighbours(folder, queries, settings.top, nearest)
@@ -247,7 +254,7 @@ def tile(picture: Picture, words: str = "") -> Image.Image:
     try:
         if isinstance(picture, Entry):
             array = picture.source.read(picture.index)
-        elif isinstance(picture, str) and not Path(picture).exists():
+        elif isinstance(picture, str) and not os.path.exists(picture):
             array = in_shard(picture)
         else:
             array = read_image(picture)
@@ -263,7 +270,7 @@ def tile(picture: Picture, words: str = "") -> Image.Image:
 def in_shard(name: str) -> np.ndarray:
     """A picture by its name in a tar or Parquet file, such as a.tar/dogs/1.jpg. Raises BadImage."""
     shard = next(
-        (p for p in Path(name).parents if p.suffix in (".tar", ".parquet") and p.is_file()), None
+        (p for p in Path(name).parents if p.suffix in (".tar", ".parquet") and os.path.isfile(p)), None
     )
     if shard is None:
         raise BadImage("missing", name, "no such file")

@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import tarfile
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -32,6 +32,7 @@ from PIL import Image
 
 from beit.atomic import CURE, CannotWrite, flush, naming, write_atomically
 from beit.data import MANIFEST, Bad, BadImages, ImageSource, SomeSkipped, has_split, open_source
+from beit.folder_lock import FolderLock, hold
 from beit.image import BadImage, open_image
 from beit.plural import counted
 from beit.progress import Progress
@@ -39,6 +40,7 @@ from beit.ranges import Share
 from beit.workers import load_in_processes, now_doing
 
 SPLITS = ("train", "val", "test")
+GLIMPSES = 64  # pictures of each split that are looked into, to know the same ones again
 
 
 @Parameter(name="*")
@@ -72,7 +74,7 @@ def shard(settings: Shard) -> dict[str, int]:
         for split, source in sources.items()
     }
     number = {split: -(-len(source) // settings.shard_size) for split, source in sources.items()}
-    begin(settings, sources, number, classes)
+    lock = begin(settings, sources, number, classes)
 
     total = sum(map(len, sources.values()))
     bad_images = BadImages(settings.out / "bad_images.csv", total, settings.max_bad_images)
@@ -102,6 +104,7 @@ def shard(settings: Shard) -> dict[str, int]:
         for _, _, file in jobs:
             beside(file).unlink(missing_ok=True)
     flush(settings.out)
+    del lock
     print(
         f"{settings.out}: {counted(total - len(bad_images), 'picture')} in "
         f"{counted(sum(number.values()), 'shard')}",
@@ -116,12 +119,17 @@ def shard(settings: Shard) -> dict[str, int]:
 
 def begin(
     settings: Shard, sources: dict[str, ImageSource], number: dict[str, int], classes: tuple[str, ...]
-) -> None:
-    """Make the folder, or see that what it holds is a part of the same."""
+) -> FolderLock | None:
+    """Make the folder, or see that what it holds is a part of the same; held while the lock lives."""
     digest = hashlib.blake2b(digest_size=16)
     for source in sources.values():
         for column in (source.paths.text, source.paths.ends, source.labels):
             digest.update(np.ascontiguousarray(column).data)
+        for index in np.linspace(0, len(source) - 1, GLIMPSES).astype(
+            int
+        ):  # names may be 1.jpg, 2.jpg ...
+            with suppress(BadImage):
+                digest.update(source.paths.glimpse(int(index)))
     about = {
         "short_side": settings.short_side,
         "quality": settings.quality,
@@ -132,13 +140,13 @@ def begin(
     manifest = settings.out / MANIFEST
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
+        lock = hold(settings.out)
         if not manifest.exists() and any(settings.out.iterdir()):
             raise ValueError(f"{settings.out} is not empty and holds no shards; choose another folder")
         if not manifest.exists():
             if classes:
-                write_atomically(
-                    settings.out / "classes.txt", "".join(f"{c}\n" for c in classes).encode()
-                )
+                lines = "".join(f"{c}\n" for c in classes).encode(errors="surrogateescape")
+                write_atomically(settings.out / "classes.txt", lines)
             write_atomically(manifest, json.dumps(about, indent=1).encode())
     except OSError as error:
         raise CannotWrite(f"cannot write {settings.out}: {error.strerror or error}; {CURE}") from error
@@ -150,6 +158,7 @@ def begin(
             f"{settings.out} holds shards made otherwise ({'; '.join(changed)}); use the same data and "
             "settings to go on, or another folder"
         )
+    return lock
 
 
 def beside(file: Path) -> Path:

@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, LOCK_LEFT_HELD, Cli
+from conftest import ENVIRONMENT, LOCK_LEFT_HELD, Cli, held_by_another_process
 
+import beit.folder_lock
 from beit.checkpoints import load_model, save
 from beit.commands.classify import write_table
+from beit.embeddings import model_sha256
 from beit.engine import Engine, Prediction
 from beit.progress import Progress
 
@@ -492,6 +494,55 @@ def test_a_name_gives_no_orders_to_a_terminal_and_breaks_no_line(
     assert r"a\x1b[2J\n.png" in table
     assert "\x1b" not in table
     assert "\x07" not in table
+
+
+def test_a_list_on_stdin_may_name_what_is_no_utf8(finetuned: Done, photos: Path, tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(name, "wb") as file:
+        file.write((photos / "1.png").read_bytes())
+    words = [sys.executable, "-m", "beit", "classify", "-", "-m", str(finetuned.folder), "--json"]
+    utf8 = {**ENVIRONMENT, "LC_ALL": "C.UTF-8", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(words, env=utf8, input=name + b"\n", capture_output=True, check=True)
+    answer = json.loads(done.stdout)
+    assert (os.fsencode(answer["path"]), answer["error"]) == (name, None)
+
+
+def test_an_answer_file_that_another_process_writes_is_refused(
+    cli: Cli, finetuned: Done, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, kept = tmp_path / "out.csv", tmp_path / ".out.csv.so-far"
+    kept.touch()
+    monkeypatch.setattr(beit.folder_lock, "WAIT_S", 0)
+    with held_by_another_process(kept):
+        code, _, err = cli("classify", photos / "1.png", model=finetuned.folder, out=out)
+    assert code == 2
+    assert f"another process is at work on {kept}" in err
+    assert not out.exists()
+    assert cli("classify", photos / "1.png", model=finetuned.folder, out=out)[0] == 0
+
+
+def test_a_line_of_zeros_that_a_power_cut_left_is_answered_again(
+    cli: Cli, finetuned: Done, shapes: Path, tmp_path: Path
+) -> None:
+    out, kept = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.so-far"
+    wanted = tmp_path / "wanted.jsonl"
+    for file, first in ((wanted, False), (out, True)):
+        if first:
+            about = {
+                "model_sha256": model_sha256(finetuned.folder), "img_size": None, "top": 5,
+                "batch_size": 2, "runtime": "torch", "precision": "fp32",
+            }  # fmt: skip
+            lines = wanted.read_bytes().splitlines(keepends=True)
+            kept.write_bytes(
+                json.dumps(about).encode() + b"\n" + b"".join(lines[:2]) + bytes(50) + b"\n"
+            )
+        code, _, said = cli(
+            "classify", shapes / "val", model=finetuned.folder, out=file, batch_size=2, runtime="torch",
+            precision="fp32",
+        )  # fmt: skip
+        assert code == 0
+    assert "going on after 2 answers" in said
+    assert out.read_bytes() == wanted.read_bytes()
 
 
 def test_a_killed_run_goes_on_past_a_torn_line(

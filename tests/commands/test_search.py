@@ -294,6 +294,28 @@ def test_a_sheet_that_cannot_be_is_said_first(
     assert says in err
 
 
+def test_a_sheet_too_tall_for_a_jpeg_is_said_before_any_work(
+    cli: Cli, photos: Path, vectors: Path, tmp_path: Path
+) -> None:
+    picture = str(photos / "disc" / "00.png")
+    (tmp_path / "list.txt").write_text(f"{picture}\n" * 400)
+    words = ("search", vectors, tmp_path / "list.txt")
+    code, out, err = cli(*words, sheet=tmp_path / "s.jpg")
+    assert (code, out) == (2, "")
+    assert "400 rows are 65,604 pixels, and a JPEG has 65,500 at most; name s.html" in err
+
+
+def test_a_name_too_long_for_a_file_is_grey_on_a_sheet(
+    cli: Cli, photos: Path, vectors: Path, tmp_path: Path
+) -> None:
+    names = photos / "disc" / "00.png", tmp_path / ("x" * 300 + ".png")
+    code, _, err = cli("search", vectors, *names, sheet=tmp_path / "s.png")
+    assert code == 3
+    assert "1 of 2 pictures could not be read" in err
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.getpixel((84, 248)) == (200, 200, 200)
+
+
 def test_a_sheet_is_not_drawn_over_the_picture_looked_for(
     cli: Cli, photos: Path, vectors: Path, tmp_path: Path
 ) -> None:

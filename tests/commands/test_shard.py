@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, Cli, write_shapes
+from conftest import ENVIRONMENT, Cli, held_by_another_process, write_shapes
 from PIL import Image
 
+import beit.folder_lock
 from beit.data import open_source
 from beit.image import read_image
 
@@ -168,6 +170,37 @@ def test_other_settings_or_data_are_refused_by_name(cli: Cli, data: Path, tmp_pa
     code, _, err = cli("shard", data, tmp_path / "s", quality=80)
     assert code == 2
     assert "holds shards made otherwise (pictures was" in err
+
+
+def test_other_pictures_of_the_same_names_are_refused(cli: Cli, data: Path, tmp_path: Path) -> None:
+    assert cli("shard", data, tmp_path / "s")[0] == 0
+    write_shapes(tmp_path / "other" / "train", 5, seed=2)
+    write_shapes(tmp_path / "other" / "val", 2, seed=3)
+    code, _, err = cli("shard", tmp_path / "other", tmp_path / "s")
+    assert code == 2
+    assert "holds shards made otherwise (pictures was" in err
+    shutil.move(data, tmp_path / "moved")
+    assert cli("shard", tmp_path / "moved", tmp_path / "s")[0] == 0, "the same ones, in another place"
+
+
+def test_a_folder_that_another_process_writes_is_refused(
+    cli: Cli, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s").mkdir()
+    monkeypatch.setattr(beit.folder_lock, "WAIT_S", 0)
+    with held_by_another_process(tmp_path / "s"):
+        code, _, err = cli("shard", data, tmp_path / "s")
+    assert code == 2
+    assert f"another process is at work on {tmp_path / 's'}" in err
+    assert not list((tmp_path / "s").iterdir())
+    assert cli("shard", data, tmp_path / "s")[0] == 0
+
+
+def test_a_class_whose_name_is_no_utf8_keeps_it(cli: Cli, data: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        os.rename(data / split / "disc", os.fsencode(data / split) + b"/caf\xe9")
+    assert cli("shard", data, tmp_path / "s")[0] == 0
+    assert b"caf\xe9" in map(os.fsencode, open_source(tmp_path / "s", labelled=True).classes)
 
 
 def test_a_folder_with_something_else_is_left_alone(cli: Cli, data: Path) -> None:
