@@ -156,7 +156,7 @@ def test_equally_used_codes_have_their_number_as_perplexity(equal: int, of: int)
 
 def test_perplexity_is_the_exponential_of_the_entropy() -> None:
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    use = codebook_use(np.array([30, 0, 10, 0]))
+    use = codebook_use(np.array([3, 0, 1, 0]))
     assert use.live == 0.5
     assert use.commonest == 0.75
     assert use.perplexity == pytest.approx(math.exp(entropy))
@@ -220,3 +220,5 @@ def test_average_precision_is_scikit_learns() -> None:
     for c in range(5):
         assert found[c] == pytest.approx(metrics.average_precision_score(targets[:, c], scores[:, c]))
     assert np.isnan(found[5])
+    last = average_precision(np.array([[3.0], [2.0], [1.0]]), np.array([[True], [False], [True]]))
+    assert last == pytest.approx((1 + 2 / 3) / 2)
