@@ -40,6 +40,7 @@ from beit.listing import (
     list_text,
     parts_of_csv,
 )
+from beit.names import is_utf8, printable
 from beit.plural import counted
 from beit.workers import load_in_processes, now_doing
 
@@ -135,10 +136,20 @@ def open_source(location: str | Path, split: str = "train", labelled: bool = Fal
         raise ValueError(
             f"{place} holds no pictures; looked in it and below for {', '.join(IMAGE_EXTENSIONS)}"
         )
+    if labelled and listing.without:
+        raise ValueError(
+            f"{place} has no classes: {listing.without} has none, though others have; give it one, or take "
+            "it out"
+        )
     if labelled and not len(listing.labels):
         raise ValueError(
             f"{place} has no classes; put each class's pictures in a folder of its name, "
             "give a .csv with the columns path,label, or shards with a KEY.cls beside each KEY.jpg"
+        )
+    odd = [name for name in listing.classes if not is_utf8(name)]
+    if labelled and odd:
+        raise ValueError(
+            f"{place} has the class {printable(odd[0])}, whose name is not UTF-8; rename it"
         )
     return ImageSource(listing.places, listing.labels, listing.classes)
 
@@ -223,7 +234,10 @@ def _list_folder(place: str, split: str) -> Listing:
         inside = _split_folder(place, split)
         if inside is None:
             raise ValueError(f"{place} has a train folder but no {split} folder")
-        return _list_folder(inside, split)
+        listing = _list_folder(inside, split)
+        if not len(listing.places):
+            raise ValueError(f"{inside} holds no pictures; put some there, or remove it")
+        return listing
     listing = list_folder(place)
     shards = listing.places.roots[1:]
     if len(listing.places):

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ SUFFIX_OF = {runtime: suffix for suffix, runtime in RUNTIME_OF.items()}
 # runtime: the extra that installs it, and the module that shows that it is there.
 EXTRAS = {"openvino": ("openvino", "openvino"), "onnx": ("onnx", "onnxruntime")}
 KEY = "beit"  # of the JSON text in the file
+TRUST = "BEIT_TRUST_PT2"  # in the environment
 
 
 class GraphError(ValueError):
@@ -140,18 +142,57 @@ def is_graph(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix in RUNTIME_OF
 
 
-def open_graph(file: Path, precision: str = "fp32", threads: int | None = None) -> Graph:
+def open_graph(
+    file: Path, precision: str = "fp32", threads: int | None = None, *, trusted: bool = False
+) -> Graph:
     """Open a graph file. Raises GraphError for a wrong file, ValueError for a missing extra.
 
     precision: fp32, or bf16 for what the file does not hold as int8; OpenVINO alone can choose.
+    trusted: run a .pt2 whose writer is known, see `open_program`.
     """
     if not file.is_file():
         raise GraphError(not_there(file))
     runtime = RUNTIME_OF[file.suffix]
     require(runtime)
+    if runtime == "torch":
+        return TorchGraph(file, precision, threads, trusted)
     kinds: dict[str, Callable[[Path, str, int | None], Graph]]
-    kinds = {"openvino": OpenVinoGraph, "onnx": OnnxGraph, "torch": TorchGraph}
+    kinds = {"openvino": OpenVinoGraph, "onnx": OnnxGraph}
     return kinds[runtime](file, precision, threads)
+
+
+def about_of(file: Path) -> About:
+    """What a graph file says of itself; of a .pt2 without running it. Raises as `open_graph`."""
+    if file.suffix != ".pt2" or not file.is_file():
+        return open_graph(file).about
+    try:
+        with zipfile.ZipFile(file) as archive:
+            name = next((n for n in archive.namelist() if n.endswith(f"/extra/{KEY}.json")), None)
+            text = archive.read(name) if name else b""
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise GraphError(f"{file} is no torch.export file ({error})") from None
+    if not text:
+        raise GraphError(_foreign(file))
+    return About.of_json(text.decode(errors="replace"), file)
+
+
+def open_program(file: Path, held: dict[str, str] | None = None, trusted: bool = False) -> Any:
+    """The program in a .pt2, as torch.export.load gives it. It can run whatever its writer put there, from
+    the moment it is opened: it has pickles, and formulas that are evaluated. So it is opened where $TRUST
+    says 1, or where it was written a moment ago. Raises GraphError."""
+    import torch
+
+    if not file.is_file():
+        raise GraphError(not_there(file))
+    if not trusted and os.environ.get(TRUST) != "1":
+        raise GraphError(
+            f"{file}: a .pt2 is a program, which runs whatever its writer put there when it is opened. "
+            f"Where you trust that, set {TRUST}=1; a model's folder, an .xml or an .onnx runs nothing"
+        )
+    try:
+        return torch.export.load(file, extra_files=held)
+    except Exception as error:  # it raises what its pickles and archives raise
+        raise GraphError(f"{file} is no torch.export file ({_last_line(error)})") from None
 
 
 def installed(runtime: str) -> bool:
@@ -270,7 +311,7 @@ class OnnxGraph:
 class TorchGraph:
     """A .pt2 by torch, on the processor."""
 
-    def __init__(self, file: Path, precision: str, threads: int | None) -> None:
+    def __init__(self, file: Path, precision: str, threads: int | None, trusted: bool) -> None:
         import torch
 
         if precision == "bf16":
@@ -278,10 +319,7 @@ class TorchGraph:
                 f"{file} computes in fp32; for bf16 give the model itself, or --precision fp32"
             )
         held = {f"{KEY}.json": ""}
-        try:
-            program = torch.export.load(file, extra_files=held)
-        except Exception as error:  # it raises what its pickles and archives raise
-            raise GraphError(f"{file} is no torch.export file ({_last_line(error)})") from None
+        program = open_program(file, held, trusted)
         if not held[f"{KEY}.json"]:
             raise GraphError(_foreign(file))
         self.about = About.of_json(held[f"{KEY}.json"], file)

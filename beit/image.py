@@ -425,6 +425,12 @@ def _only_bad_images(name: str) -> Iterator[None]:
         raise BadImage("unreadable", name, f"not a readable picture ({error})") from error
 
 
+def is_upright_rgb_jpeg(content: bytes) -> bool:
+    """Whether a file that can be read is a JPEG whose pixels are as they are shown."""
+    with _without_warnings(), Image.open(io.BytesIO(content)) as stored:
+        return stored.format == "JPEG" and stored.mode == "RGB" and _orientation(stored) == 1
+
+
 def open_file(path: str | os.PathLike[str], name: str) -> io.BufferedReader:
     """A file to read, if it is one: a pipe would wait for its writer. Raises BadImage, OSError."""
     try:

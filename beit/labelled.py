@@ -184,6 +184,12 @@ def in_order(side: Side, classes: tuple[str, ...], place: Path, owner: str) -> S
 def with_truth(source: ImageSource, place: Path, always: bool = False) -> Side:
     """A source with its labels; those of a .csv may be several a picture, or always are."""
     if place.suffix != ".csv":
+        odd = [name for name in source.classes if SEPARATOR in name]
+        if odd:
+            raise ValueError(
+                f"{place} has the class {odd[0]!r}, and in lists a {SEPARATOR} stands between labels; "
+                "rename it"
+            )
         if always:
             raise ValueError(
                 f"{place} has one label a picture, the training pictures several; give a .csv"
@@ -203,13 +209,14 @@ def with_truth(source: ImageSource, place: Path, always: bool = False) -> Side:
                 f"{place} has the label {label!r}; give names with {SEPARATOR} between them"
             )
     classes = tuple(sorted({word for some in words for word in some}))
+    number = {name: i for i, name in enumerate(classes)}
     row = {name: place for place, name in enumerate(first)}
     truth = np.zeros((len(first), len(classes)), dtype=bool)
     for name, label in zip(names, source.labels.tolist(), strict=True):
-        truth[row[name], [classes.index(word) for word in words[label]]] = True
+        truth[row[name], [number[word] for word in words[label]]] = True
     once = take(source, list(first.values()))
     if not always and (truth.sum(axis=1) == 1).all():  # the same row twice
         return Side(once, once.labels)
-    often = np.where(truth, truth.sum(axis=0), len(truth) + 1)
-    rarest = ImageSource(once.paths, often.argmin(axis=1).astype(np.int64), classes)
+    order = np.argsort(truth.sum(axis=0), kind="stable")  # the rarest first
+    rarest = ImageSource(once.paths, order[truth[:, order].argmax(axis=1)], classes)
     return Side(rarest, truth)

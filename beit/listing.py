@@ -28,7 +28,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -94,15 +94,18 @@ class Places(Sequence[Path]):
     def _root(self, index: int) -> str:
         return self.roots[self.root[index]] if len(self.root) else self.roots[0]
 
+    def _is_piece(self, index: int) -> bool:
+        return len(self.start) > 0 and self._root(index).endswith((".tar", ".parquet"))
+
     def file(self, index: int) -> str | None:
         """The path of a picture that is a file of its own on this machine."""
         name = self.name(index)
-        return None if len(self.start) or is_address(name) else name
+        return None if self._is_piece(index) or is_address(name) else name
 
     def content(self, index: int) -> bytes:
         """The bytes of a picture's file. Raises BadImage."""
         name, root = self.name(index), self._root(index)
-        if not len(self.start):
+        if not self._is_piece(index):
             return _bytes(name, name)
         start, size = int(self.start[index]), int(self.size[index])
         if is_parquet(root):
@@ -115,7 +118,7 @@ class Places(Sequence[Path]):
         Of Parquet and of addresses, which have no quick way to the middle, all is read. Raises BadImage.
         """
         name, root, file = self.name(index), self._root(index), self.file(index)
-        if len(self.start) and not is_parquet(root):
+        if self._is_piece(index) and not is_parquet(root):
             place, start, size = root, int(self.start[index]), int(self.size[index])
         elif file is not None and os.path.isfile(file):
             place, start, size = file, 0, os.path.getsize(file)
@@ -133,6 +136,7 @@ class Listing:
     places: Places
     labels: np.ndarray  # (n,) int64, or empty
     classes: tuple[str, ...]
+    without: str = ""  # the first picture that has no label where others have one
 
 
 class _Rows:
@@ -144,11 +148,18 @@ class _Rows:
         self.classes: dict[str, int] = {}
 
     def add(
-        self, name: str | bytes, label: str | None, piece: tuple[int, int, int] | None = None
+        self,
+        name: str | bytes,
+        label: str | None,
+        piece: tuple[int, int, int] | None = None,
+        sure: bool = False,
     ) -> None:
+        """sure: the label is one, and no caption, however many there are."""
         self.text += name if isinstance(name, bytes) else os.fsencode(name)
         self.ends.append(len(self.text))
-        if label is None or (label not in self.classes and len(self.classes) >= MAX_CLASSES):
+        if label is None or (
+            label not in self.classes and len(self.classes) >= MAX_CLASSES and not sure
+        ):
             self.label.append(-1)
         else:
             self.label.append(self.classes.setdefault(label, len(self.classes)))
@@ -165,15 +176,13 @@ class _Rows:
         places = Places(tuple(roots), text, ends, root.astype(np.uint32), start, size)
         labels = np.frombuffer(self.label, np.int64) if self.label else _NO_NUMBERS
         if not len(labels) or labels.min() < 0:
-            return Listing(places, _NO_NUMBERS, ())
+            some = len(labels) and labels.max() >= 0
+            return Listing(places, _NO_NUMBERS, (), places.name(int(labels.argmin())) if some else "")
         found = list(self.classes)
         if all(name.isdecimal() for name in found):
             classes = sorted(found, key=lambda name: (int(name), name))
             if names is not None:
-                if int(classes[-1]) >= len(names):
-                    raise ValueError(
-                        f"a label is {classes[-1]}, beyond the last of {counted(len(names), 'named class')}"
-                    )
+                _named(classes[-1], names)  # raises what is to be raised
                 shared = Counter(names)  # such as ImageNet's two cranes
                 classes = [n if shared[n] == 1 else f"{n} ({i})" for i, n in enumerate(names)]
                 found = [classes[int(name)] for name in found]
@@ -228,10 +237,14 @@ def _bytes(file: str, name: str, start: int = 0, size: int | None = None) -> byt
                 return shard.read(size)
         with open_file(file, name) as stream:
             return stream.read()
+    except BadImage:
+        raise
     except FileNotFoundError:
         raise BadImage("missing", name, "no such file") from None
     except OSError as error:
         raise BadImage("unreadable", name, f"cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # an address that nothing here speaks
+        raise BadImage("unreadable", name, f"cannot be read ({error})") from error
 
 
 def _remote_bytes(address: str, name: str, start: int, size: int | None) -> bytes:
@@ -347,7 +360,10 @@ def _keep(folder: Path, listing: Listing, stamps: list[tuple[str, list[Any]]]) -
         for name, column in _columns(listing).items():
             if len(column):
                 np.save(beside / f"{name}.npy", column)
-        about = {"roots": listing.places.roots, "classes": listing.classes, "watched": stamps}
+        about = {
+            "roots": listing.places.roots, "classes": listing.classes, "without": listing.without,
+            "watched": stamps,
+        }  # fmt: skip
         (beside / "about.json").write_text(json.dumps(about))
         shutil.rmtree(folder, ignore_errors=True)  # who has mapped the old one keeps it
         os.replace(beside, folder)
@@ -366,7 +382,8 @@ def _load(folder: Path, about: dict[str, Any]) -> Listing:
         return np.load(file, mmap_mode="r") if file.exists() else _NO_NUMBERS
 
     columns = {f.name: column(f.name) for f in fields(Places) if f.name != "roots"}
-    return Listing(Places(tuple(about["roots"]), **columns), column("labels"), tuple(about["classes"]))
+    places = Places(tuple(about["roots"]), **columns)
+    return Listing(places, column("labels"), tuple(about["classes"]), about["without"])
 
 
 # --- Folders -------------------------------------------------------------------------------------
@@ -414,6 +431,8 @@ def _local_files(
                 with suppress(OSError):  # a link that leads to itself
                     if entry.is_dir():
                         folders.add(entry.name)
+                    elif entry.is_symlink() and not os.path.exists(entry.path):
+                        watched.append(entry.path)  # it may lead somewhere one day
     if inside and RUN_FILE in names:
         return
     names.sort()
@@ -459,9 +478,36 @@ def list_text(file: str) -> Listing:
                     raise ValueError(f"{file} is no list of paths in UTF-8, one a line; save it as such")
                 if name:
                     rows.add(name, None)
-        return rows.listing([os.path.dirname(file)]), [file]
+        return _with_members(rows.listing([os.path.dirname(file)]), file)
 
     return _kept(f"text {file}", make)
+
+
+def _with_members(listing: Listing, file: str) -> tuple[Listing, list[str]]:
+    """A list, whose pictures may lie in shards, as s/0.tar/dogs/1.jpg; and the files it was made from."""
+    places = listing.places
+    if not (b".tar/" in places.text.tobytes() or b".parquet/" in places.text.tobytes()):
+        return listing, [file]
+    begins = [0, *places.ends[:-1].tolist()]
+    shards: dict[str, tuple[int, dict[str, int], Places]] = {}  # number of the root, members by name
+    rows = _Rows()
+    for begin, end in zip(begins, places.ends.tolist(), strict=True):
+        name = os.fsdecode(places.text[begin:end].tobytes())
+        match = re.match(r"(.*?\.(?:tar|parquet))/(.+)", name)
+        shard = _join(places.roots[0], match[1]) if match else ""
+        if match is None or not (shard in shards or (exists(shard) and not is_folder(shard))):
+            rows.add(name, None, (0, 0, 0))
+            continue
+        if shard not in shards:
+            held = (list_parquet if is_parquet(shard) else list_tars)([shard]).places
+            numbers = {held.name(i)[len(shard) + 1 :]: i for i in range(len(held))}
+            shards[shard] = len(shards) + 1, numbers, held
+        root, numbers, held = shards[shard]
+        place = numbers.get(match[2])
+        piece = (0, 0, 0) if place is None else (root, int(held.start[place]), int(held.size[place]))
+        rows.add(name if place is None else match[2], None, piece)
+    found = rows.listing([places.roots[0], *shards]).places
+    return replace(listing, places=found), [file, *shards]
 
 
 def list_csv(file: str, labelled: bool, split: str = "") -> Listing:
@@ -491,8 +537,8 @@ def list_csv(file: str, labelled: bool, split: str = "") -> Listing:
                 if column is not None and not "".join(row[column : column + 1]):
                     raise ValueError(f"line {number} of {file} has no {name}")
             text = "".join(row[label : label + 1]) if label is not None else ""
-            rows.add(row[path], text or None)
-        return rows.listing([os.path.dirname(file)]), [file]
+            rows.add(row[path], text or None, sure=labelled)
+        return _with_members(rows.listing([os.path.dirname(file)]), file)
 
     return _kept(f"csv {labelled} {split if parts else ''} {file}", make)
 
@@ -542,21 +588,39 @@ def list_tars(files: Sequence[str], workers: int = 0) -> Listing:
     """
 
     def make() -> tuple[Listing, list[str]]:
-        beside = [_beside(files[0], name) for name in CLASS_FILES]
-        named = next(filter(exists, beside), None)
-        names = None
-        if named:
-            with _open(named) as stream:
-                lines = stream.read().decode("utf-8-sig", "surrogateescape").splitlines()
-            names = [line.strip() for line in lines if line.strip()]
+        folder_of = [_beside(file, "") for file in files]
+        named = {folder: _class_names(folder) for folder in folder_of}
+        names, *others = named.values()
+        alike = all(other == names for other in others)
         rows = _Rows()
         shards = load_in_processes(lambda i: _tar_members(files[i]), range(len(files)), workers)
         for number, members in enumerate(shards):
             for name, label, start, size in members:
-                rows.add(name, label, (number, start, size))
-        return rows.listing(files, names), [*files, *beside]
+                own = label if alike else _named(label, named[folder_of[number]])
+                rows.add(name, own, (number, start, size))
+        beside = [folder + name for folder in named for name in CLASS_FILES]
+        return rows.listing(files, names if alike else None), [*files, *beside]
 
     return _kept("tars " + "\n".join(files), make)
+
+
+def _named(label: str | None, names: Sequence[str] | None) -> str | None:
+    """A label; the class's name of one that is a number, where names are known."""
+    if label is None or names is None or not label.isdecimal():
+        return label
+    if int(label) >= len(names):
+        raise ValueError(f"a label is {label}, beyond the last of {counted(len(names), 'named class')}")
+    return names[int(label)]
+
+
+def _class_names(folder: str) -> list[str] | None:
+    """The lines of the classes.txt in a folder, if it has one."""
+    named = next((folder + name for name in CLASS_FILES if exists(folder + name)), None)
+    if named is None:
+        return None
+    with _open(named) as stream:
+        lines = stream.read().decode("utf-8-sig", "surrogateescape").split("\n")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _beside(file: str, name: str) -> str:
@@ -605,12 +669,15 @@ def _tar_members(file: str) -> list[tuple[str, str | None, int, int]]:
             "they lead to",
             file=sys.stderr,
         )
+    if not labels and all("/" in name for _, name, _, _ in pictures):
+        return [(name, name.partition("/")[0], start, size) for _, name, start, size in pictures]
     plain = {key for key, name, _, _ in pictures if "." not in name[len(key) + 1 :]}
     # KEY.jpg hides KEY.mask.png, which belongs to it; IMG.2020.jpg alone is a picture.
-    pictures = [p for p in pictures if p[0] not in plain or "." not in p[1][len(p[0]) + 1 :]]
-    if labels or not all("/" in name for _, name, _, _ in pictures):
-        return [(name, labels.get(key), start, size) for key, name, start, size in pictures]
-    return [(name, name.partition("/")[0], start, size) for _, name, start, size in pictures]
+    return [
+        (name, labels.get(key), start, size)
+        for key, name, start, size in pictures
+        if key not in plain or "." not in name[len(key) + 1 :]
+    ]
 
 
 def _label(extension: str, content: bytes) -> str | None:
@@ -633,9 +700,11 @@ def list_parquet(files: Sequence[str]) -> Listing:
     """Parquet files with the bytes of pictures in a column, as Hugging Face's datasets write them."""
 
     def make() -> tuple[Listing, list[str]]:
-        rows, names, largest = _Rows(), None, 0
+        rows, largest = _Rows(), 0
+        names, *others = [_open_parquet(file)[3] for file in files]
+        alike = all(other == names for other in others)
         for number, file in enumerate(files):
-            parquet, _, label, names = _open_parquet(file)
+            parquet, _, label, named = _open_parquet(file)
             labels = parquet.read(columns=[label]).column(0).to_pylist() if label else None
             row = 0
             for group in range(parquet.num_row_groups):
@@ -644,7 +713,9 @@ def list_parquet(files: Sequence[str]) -> Listing:
                 for place in range(about.num_rows):
                     value = labels[row] if labels else None
                     unknown = value is None or value == -1  # a test set's
-                    rows.add(f"row {row}", None if unknown else str(value), (number, group, place))
+                    said = None if unknown else str(value)
+                    own = said if alike else _named(said, named)
+                    rows.add(f"row {row}", own, (number, group, place))
                     row += 1
         if largest > 64_000_000:
             print(
@@ -652,7 +723,7 @@ def list_parquet(files: Sequence[str]) -> Listing:
                 "`beit shard` makes shards of it that read faster",
                 file=sys.stderr,
             )
-        return rows.listing(files, names), list(files)
+        return rows.listing(files, names if alike else None), list(files)
 
     return _kept("parquet " + "\n".join(files), make)
 

@@ -102,4 +102,4 @@ class Page:
 
     def write(self, file: Path) -> None:
         """Write the page to a file."""
-        write_atomically(file, self.html().encode())
+        write_atomically(file, self.html().encode(errors="backslashreplace"))

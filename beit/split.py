@@ -207,6 +207,8 @@ def hold_out(labels: np.ndarray, groups: np.ndarray, share: float, seed: int) ->
     _, begins = np.unique(groups[order], return_index=True)
     members = np.split(order, begins[1:])
     label_of = np.array([labels[group[0]] for group in members])
+    _, held = np.unique(np.stack([groups, labels]), axis=1)[:, :]
+    left = np.bincount(held)  # groups that have the label, of those not chosen
     for label in np.unique(label_of):
         own = np.flatnonzero(label_of == label)
         wanted = share * sum(len(members[number]) for number in own)
@@ -214,6 +216,10 @@ def hold_out(labels: np.ndarray, groups: np.ndarray, share: float, seed: int) ->
         for number in np.random.default_rng([seed, int(label), 3]).permutation(own)[:-1]:
             if taken and taken + len(members[number]) / 2 > wanted:
                 break
+            shown = np.unique(labels[members[number]])
+            if (left[shown] == 1).any():  # of a group with several labels
+                continue
+            left[shown] -= 1
             chosen[members[number]] = True
             taken += len(members[number])
     return chosen

@@ -80,6 +80,12 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A .pt2 is opened, though it is a program."""
+    monkeypatch.setenv("BEIT_TRUST_PT2", "1")
+
+
 @contextmanager
 def held_by_another_process(place: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Another process, which holds a folder or a file as `folder_lock` does."""

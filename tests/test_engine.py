@@ -628,6 +628,7 @@ def test_without_a_place_for_graphs_torch_answers(
     assert next(engine.classify(files)).error is None
 
 
+@pytest.mark.usefixtures("trusted")
 def test_a_graph_file_is_a_model_for_what_it_holds_alone(
     model: BeitForImageClassification, files: list[Path], tmp_path: Path
 ) -> None:
@@ -662,6 +663,7 @@ def test_another_size_is_that_of_the_model_resized(
     assert np.abs(found - usual).max() > 1e-3
 
 
+@pytest.mark.usefixtures("trusted")
 def test_a_graph_file_of_any_size_takes_another(
     model: BeitForImageClassification, folder: Path, files: list[Path], tmp_path: Path
 ) -> None:

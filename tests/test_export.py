@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,14 @@ from conftest import ENVIRONMENT
 
 import beit.export
 import beit.graphs
+from beit.engine import Engine
 from beit.export import ExportRefused, OutputOf, export, layer_errors
 from beit.features import embed
-from beit.graphs import SUFFIX_OF, GraphError, Output, import_openvino, open_graph
+from beit.graphs import SUFFIX_OF, GraphError, Output, about_of, import_openvino, open_graph
 from beit.image import ImageSpec
 from beit.model import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
+
+pytestmark = pytest.mark.usefixtures("trusted")
 
 CONFIG = BeitConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=6)
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
@@ -382,6 +387,40 @@ def test_a_missing_extra_is_named_with_its_install_line(
     )
     with pytest.raises(ValueError, match=rf'{module}: pip install "beit\[{to}\]"'):
         export(model, tmp_path / f"a{SUFFIX_OF[to]}", to)
+
+
+class Program:
+    """What a pickle may hold: here it makes a file."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.proof,)
+
+
+def test_a_pt2_is_not_run_unless_somebody_says_so(
+    model: BeitForImageClassification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BEIT_TRUST_PT2")
+    file, proof = tmp_path / "a.pt2", tmp_path / "proof"
+    export(model, file, "torch")
+    hostile = tmp_path / "hostile.pt2"
+    with zipfile.ZipFile(file) as good, zipfile.ZipFile(hostile, "w") as bad:
+        for name in good.namelist():
+            inputs = name.endswith("sample_inputs/model.pt")
+            bad.writestr(name, pickle.dumps(Program(proof), 2) if inputs else good.read(name))
+    for opening in (lambda: open_graph(hostile), lambda: Engine(hostile)):
+        with pytest.raises(
+            GraphError, match=r"hostile\.pt2: a \.pt2 is a program.* set BEIT_TRUST_PT2=1"
+        ):
+            opening()
+    assert about_of(hostile).labels == open_graph(file, trusted=True).about.labels
+    assert not proof.exists()
+    monkeypatch.setenv("BEIT_TRUST_PT2", "1")
+    with pytest.raises(GraphError, match="is no torch"):
+        open_graph(hostile)
+    assert proof.exists(), "torch runs it: else the refusal is not needed any more"
 
 
 @pytest.mark.parametrize("suffix", [".xml", ".onnx", ".pt2"])

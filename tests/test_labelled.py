@@ -88,3 +88,25 @@ def test_several_labels_are_validated_on_several(pictures: Path) -> None:
     train = csv_file(pictures / "a.csv", [("disc/00.png", "a;b"), ("disc/01.png", "b")])
     with pytest.raises(ValueError, match="one label a picture, the training pictures several"):
         open_labelled(train, pictures, None, 0, 0)
+
+
+def test_a_class_with_a_semicolon_in_its_name_is_refused(pictures: Path) -> None:
+    (pictures / "disc").rename(pictures / "a;b")
+    with pytest.raises(ValueError, match=r"has the class 'a;b', and in lists a ; stands between labels"):
+        open_labelled(pictures, None, 0, 0, 0)
+
+
+def test_the_rarest_label_of_each_picture_is_the_first_of_equally_rare_ones(pictures: Path) -> None:
+    said = ["a;b", "a;c", "a;b", "b;c", "a", "c", "b;a", "c"]  # a 5, b 4, c 4
+    rows = [(f"disc/{n:02d}.png", label) for n, label in enumerate(said)]
+    found = open_labelled(csv_file(pictures / "a.csv", rows), None, 0, 0, 0)
+    assert [found.classes[label] for label in found.train.source.labels] == list("bcbbacbc")
+
+
+def test_a_list_may_have_more_combinations_of_labels_than_a_folder_has_classes(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("beit.listing.MAX_CLASSES", 2)
+    rows = [(f"disc/{n:02d}.png", label) for n, label in enumerate(["a", "b", "a;b", "c", "a;c"])]
+    found = open_labelled(csv_file(pictures / "a.csv", rows), None, 0, 0, 0)
+    assert found.classes == ("a", "b", "c")

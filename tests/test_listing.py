@@ -719,3 +719,102 @@ def test_threads_read_a_row_group_once(tmp_path: Path, monkeypatch: pytest.Monke
         values = list(pool.map(lambda i: int(source.read(i)[0, 0, 0]), range(16)))
     assert values == list(range(16))
     assert len(read) == 2
+
+
+def test_files_that_number_their_classes_otherwise_are_read_by_name(tmp_path: Path) -> None:
+    for folder, names in (("a", "cat\ndog\n"), ("b", "dog\ncat\n")):
+        write_tar(tmp_path / folder / "0.tar", {"x.png": png(1), "x.cls": "0"})
+        (tmp_path / folder / "classes.txt").write_text(names)
+    assert named(open_source(tmp_path, labelled=True)) == ["cat", "dog"]
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        feature = {"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}}
+        table = pa.table({"image": [png(1), png(2)], "label": [0, 1]})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(feature)})
+        parquet.write_table(table, tmp_path / f"{number}.parquet")
+    source = open_source(tmp_path / "{0,1}.parquet", labelled=True)
+    assert named(source) == ["cat", "dog", "dog", "cat"]
+
+
+def test_a_plain_tar_of_class_folders_keeps_names_with_dots(tmp_path: Path) -> None:
+    members: dict[str, bytes | str] = {"x/a.png": png(1), "x/a.edited.png": png(2), "y/a.png": png(3)}
+    source = open_source(write_tar(tmp_path / "s.tar", members), labelled=True)
+    assert shown(source) == [1, 2, 3]
+    assert named(source) == ["x", "x", "y"]
+
+
+def test_a_list_may_name_pictures_in_shards(tmp_path: Path) -> None:
+    members: dict[str, bytes | str] = {"a.png": png(1), "a.cls": "0", "d/b.png": png(2), "d/b.cls": "1"}
+    write_tar(tmp_path / "s" / "x.tar", members)
+    (tmp_path / "c.png").write_bytes(png(3))
+    rows = ["path,label", "s/x.tar/d/b.png,p", "c.png,q", "s/x.tar/a.png,q", "s/x.tar/lost.png,p"]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    source = open_source(tmp_path / "list.csv", labelled=True)
+    assert named(source) == ["p", "q", "q", "p"]
+    assert [source.name(i) for i in range(3)] == [
+        f"{tmp_path}/s/x.tar/d/b.png", f"{tmp_path}/c.png", f"{tmp_path}/s/x.tar/a.png",
+    ]  # fmt: skip
+    assert [int(source.read(i)[0, 0, 0]) for i in range(3)] == [2, 3, 1]
+    for i, content in enumerate(map(png, (2, 3, 1))):
+        assert source.paths.glimpse(i) == b"%d " % len(content) + content[len(content) // 2 :]
+    with pytest.raises(BadImage, match=r"lost\.png: cannot be read"):
+        source.read(3)
+    (tmp_path / "list.txt").write_text("s/x.tar/a.png\n")
+    assert shown(open_source(tmp_path / "list.txt")) == [1]
+
+
+def test_a_list_names_pictures_in_parquet_as_well(tmp_path: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"image": [png(i) for i in range(6)]}), tmp_path / "a.parquet")
+    (tmp_path / "list.txt").write_text("a.parquet/row 4\na.parquet/row 1\n")
+    assert shown(open_source(tmp_path / "list.txt")) == [4, 1]
+
+
+def test_an_address_that_nothing_speaks_is_a_bad_picture(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    (tmp_path / "list.txt").write_text("abc://x/y.png\n")
+    with pytest.raises(BadImage, match=r"abc://x/y\.png: cannot be read"):
+        open_source(tmp_path / "list.txt").read(0)
+
+
+def test_the_picture_that_has_no_label_is_named(tmp_path: Path) -> None:
+    for name in ("p/x/1.png", "p/y/2.png", "p/cover.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(1))
+    with pytest.raises(ValueError, match=r"p has no classes: .*p/cover\.png has none, though others"):
+        open_source(tmp_path / "p", labelled=True)
+    write_tar(tmp_path / "s.tar", {"a.png": png(1), "a.cls": "1", "b.png": png(2)})
+    with pytest.raises(ValueError, match=r"has no classes: .*s\.tar/b\.png has none"):
+        open_source(tmp_path / "s.tar", labelled=True)
+
+
+def test_an_empty_part_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train" / "x").mkdir(parents=True)
+    (tmp_path / "val").mkdir()
+    (tmp_path / "train" / "x" / "1.png").write_bytes(png(1))
+    with pytest.raises(ValueError, match=r"val holds no pictures; put some there, or remove it"):
+        open_source(tmp_path, "val")
+
+
+def test_a_class_whose_name_is_no_utf8_is_refused_where_labels_count(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    with open(folder + b"/1.png", "wb") as file:
+        file.write(png(1))
+    assert shown(open_source(tmp_path)) == [1]
+    with pytest.raises(ValueError, match=r"has the class caf\\xe9, whose name is not UTF-8; rename it"):
+        open_source(tmp_path, labelled=True)
+
+
+def test_a_kept_index_sees_a_link_that_begins_to_lead_somewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beit.listing, "WORTH_KEEPING_S", 0.0)
+    monkeypatch.setattr(beit.listing, "UNSETTLED_S", -10.0)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "1.png").write_bytes(png(1))
+    (tmp_path / "p" / "more").symlink_to(tmp_path / "disk")
+    assert shown(open_source(tmp_path / "p")) == [1]
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "2.png").write_bytes(png(2))
+    assert sorted(shown(open_source(tmp_path / "p"))) == [1, 2]

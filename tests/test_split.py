@@ -253,3 +253,10 @@ def test_among_too_many_pictures_equal_files_stay_together_and_what_validates_ca
     given = divide(source, open_source(tmp_path / "val"), 0, 0, workers)
     assert len(given.val) == 8
     assert [b.sample for b in given.bad] == [len(source) + 3]
+
+
+def test_the_last_group_of_a_class_is_not_held_out_though_it_counts_as_another() -> None:
+    for seed in range(20):
+        chosen = hold_out(np.array([0, 1, 0, 0]), np.array([0, 0, 2, 3]), 0.5, seed)
+        assert chosen.any()
+        assert not chosen[1], "the only picture of class 1, whose group counts as class 0"

@@ -30,7 +30,7 @@ from beit.checkpoints import load_model, save
 from beit.engine import Engine
 from beit.flops import forward_flops, measured_flops, measured_int8_operations
 from beit.graph_cache import machine
-from beit.graphs import installed, is_graph, multiplies_bf16, open_graph
+from beit.graphs import about_of, installed, is_graph, multiplies_bf16, open_graph
 from beit.model import BeitConfig, BeitForImageClassification
 from beit.progress import peak_memory_mib
 from beit.ranges import Numbers
@@ -119,7 +119,7 @@ def cases_of(settings: Bench, folder: Path, is_file: bool) -> dict[str, dict[str
                     **common, "runtime": name, "precision": "fp32", "model": str(place),
                 }  # fmt: skip
     for graph in [Path(settings.model)] * is_file + list(settings.graphs):
-        about = open_graph(graph).about
+        about = about_of(graph)
         case = {"runtime": "file", "precision": about.precision, "model": str(graph)}
         found[graph.name if graph.name not in found else str(graph)] = {**common, **case}
     return found
@@ -128,7 +128,7 @@ def cases_of(settings: Bench, folder: Path, is_file: bool) -> dict[str, dict[str
 def config_of(settings: Bench) -> BeitConfig:
     """The sizes, for counting operations."""
     if is_graph(settings.model):
-        return BeitConfig(**open_graph(Path(settings.model)).about.config)
+        return BeitConfig(**about_of(Path(settings.model)).config)
     return load_model(settings.model).config
 
 

@@ -179,7 +179,11 @@ def kept_answers(
     }  # fmt: skip
     kept = rows_kept(out, about)
     if kept:
-        print(f"going on after {counted(kept, 'answer')} in {so_far(out)}", file=sys.stderr)
+        print(
+            f"going on after {counted(kept, 'answer')} in {so_far(out)}; what could not be read then is "
+            "not asked again",
+            file=sys.stderr,
+        )
     with so_far(out).open("r+", **ENCODING) as stream:
         stream.readline()
         for _ in range(kept):

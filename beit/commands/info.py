@@ -18,7 +18,7 @@ from cyclopts.types import PositiveInt
 from beit.checkpoints import describe_family, find_weights
 from beit.flops import forward_flops
 from beit.graph_cache import known_choice
-from beit.graphs import RUNTIME_OF, is_graph, open_graph
+from beit.graphs import RUNTIME_OF, about_of, is_graph
 from beit.hub import is_size, resolve, sha256_of
 from beit.model import VARIANTS, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 from beit.plural import counted
@@ -125,7 +125,7 @@ def _classes(names: Sequence[str]) -> str:
 
 def describe_graph(file: Path) -> dict[str, Any]:
     """The facts of a file that `beit export` wrote. Raises GraphError, ValueError for a missing extra."""
-    about = open_graph(file).about
+    about = about_of(file)
     height, width = about.image_spec.size
     what = {
         "classification": "classes",

@@ -33,14 +33,14 @@ from PIL import Image
 from beit.atomic import CURE, CannotWrite, flush, naming, write_atomically
 from beit.data import MANIFEST, Bad, BadImages, ImageSource, SomeSkipped, has_split, open_source
 from beit.folder_lock import FolderLock, hold
-from beit.image import BadImage, open_image
+from beit.image import BadImage, is_upright_rgb_jpeg, open_image
 from beit.plural import counted
 from beit.progress import Progress
 from beit.ranges import Share
 from beit.workers import load_in_processes, now_doing
 
 SPLITS = ("train", "val", "test")
-GLIMPSES = 64  # pictures of each split that are looked into, to know the same ones again
+GLIMPSES = 16  # pictures of each split that are looked into, to know the same ones again
 
 
 @Parameter(name="*")
@@ -73,6 +73,12 @@ def shard(settings: Shard) -> dict[str, int]:
         split: source.with_classes(classes, f"its {first} part") if source.classes else source
         for split, source in sources.items()
     }
+    odd = [name for name in classes if name != name.strip() or "\n" in name]
+    if odd:
+        raise ValueError(
+            f"{settings.data} has the class {odd[0]!r}, and classes.txt has one a line, without blanks "
+            "around it; rename it"
+        )
     number = {split: -(-len(source) // settings.shard_size) for split, source in sources.items()}
     lock = begin(settings, sources, number, classes)
 
@@ -125,6 +131,7 @@ def begin(
     for source in sources.values():
         for column in (source.paths.text, source.paths.ends, source.labels):
             digest.update(np.ascontiguousarray(column).data)
+        digest.update("\n".join(source.classes).encode(errors="surrogateescape"))
         for index in np.linspace(0, len(source) - 1, GLIMPSES).astype(
             int
         ):  # names may be 1.jpg, 2.jpg ...
@@ -193,9 +200,8 @@ def jpeg(content: bytes, name: str, settings: Shard) -> bytes:
     picture = opened.picture()  # also what is copied must be whole
     width, height = picture.size
     if min(width, height) <= settings.short_side:
-        with Image.open(io.BytesIO(content)) as stored:
-            if stored.format == "JPEG" and stored.mode == "RGB" and stored.getexif().get(0x0112, 1) == 1:
-                return content
+        if is_upright_rgb_jpeg(content):
+            return content
     else:
         scale = settings.short_side / min(width, height)
         size = (

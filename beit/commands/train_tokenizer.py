@@ -24,6 +24,7 @@ from beit.augment import CropAndFlip, normalise, to_unit
 from beit.checkpoints import load_model
 from beit.data import ImageSource, Loader, open_source
 from beit.features import default_layer
+from beit.graphs import open_program
 from beit.hub import resolve, sha256_of
 from beit.image import BadImage, ImageSpec, resize_and_crop
 from beit.metrics import CodebookUse, codebook_use, psnr
@@ -73,8 +74,8 @@ class TrainTokenizer:
     quantizer: Literal["vq", "gumbel"] = "vq"
     """dvae: how a code is chosen; `vq` keeps more of them alive."""
     teacher: str = "none"
-    """vqkd: a model, as -m takes it elsewhere; a torch.export .pt2, which runs as a program does; or
-    none, for the pixels of the pictures themselves."""
+    """vqkd: a model, as -m takes it elsewhere; a torch.export .pt2, a program, so with
+    BEIT_TRUST_PT2=1; or none, for the pixels of the pictures themselves."""
     model: Annotated[str, Parameter(alias="-m")] = "beit_base_patch16_224"
     """vqkd: size of the encoder, by name."""
     decoder_depth: PositiveInt = 3
@@ -358,7 +359,7 @@ def open_teacher(name: str, size: int, patch_size: int, device: torch.device) ->
     if name == "none":
         says: Teacher = partial(patch_pixels, patch_size=patch_size)
     elif name.endswith(".pt2"):
-        says = torch.export.load(name).module().to(device)
+        says = open_program(Path(name)).module().to(device)
     else:
         model = load_model(name, dtype=torch.float32).to(device).requires_grad_(False)
         says = partial(model_features, model, (side, side))

@@ -27,6 +27,7 @@ def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("torch_alone")
+@pytest.mark.usefixtures("trusted")
 def test_each_case_has_a_row_for_each_batch_size(cli: Cli, finetuned: Done, tmp_path: Path) -> None:
     file = tmp_path / "graph.pt2"
     model = load_model(finetuned.folder)

@@ -40,6 +40,7 @@ def test_an_int8_graph_is_calibrated_on_pictures_and_scored_by_evaluate(
     assert json.loads(out)["preprocessing"] == exact["preprocessing"]
 
 
+@pytest.mark.usefixtures("trusted")
 def test_another_size_resizes_the_bias(cli: Cli, finetuned: Done, shapes: Path, tmp_path: Path) -> None:
     file = tmp_path / "large.pt2"
     code, _, _ = cli("export", finetuned.folder, to="torch", out=file, img_size=48)

@@ -200,7 +200,7 @@ def test_a_class_whose_name_is_no_utf8_keeps_it(cli: Cli, data: Path, tmp_path: 
     for split in ("train", "val"):
         os.rename(data / split / "disc", os.fsencode(data / split) + b"/caf\xe9")
     assert cli("shard", data, tmp_path / "s")[0] == 0
-    assert b"caf\xe9" in map(os.fsencode, open_source(tmp_path / "s", labelled=True).classes)
+    assert b"caf\xe9" in map(os.fsencode, open_source(tmp_path / "s").classes)
 
 
 def test_a_folder_with_something_else_is_left_alone(cli: Cli, data: Path) -> None:

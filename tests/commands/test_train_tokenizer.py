@@ -416,6 +416,7 @@ def plain_vit() -> Any:
     return transformers.ViTModel(config, add_pooling_layer=False).eval()
 
 
+@pytest.mark.usefixtures("trusted")
 def test_a_plain_vit_may_be_the_teacher_by_its_folder_or_exported_as_the_manual_shows(
     shapes: Path, tmp_path: Path
 ) -> None:
@@ -457,6 +458,7 @@ def exported(file: Path, patch_size: int = 8, any_batch: bool = True) -> Path:
     return file
 
 
+@pytest.mark.usefixtures("trusted")
 def test_an_exported_program_may_be_the_teacher(shapes: Path, tmp_path: Path) -> None:
     options = {**SHORT, **VQKD_OPTIONS, "teacher": exported(tmp_path / "colours.pt2")}
     done = run(tmp_path / "run", NAME, shapes / "train", **options)
@@ -477,6 +479,7 @@ def test_an_exported_program_may_be_the_teacher(shapes: Path, tmp_path: Path) ->
         ({"any_batch": False}, "cannot take two pictures of 32 x 32"),
     ],
 )
+@pytest.mark.usefixtures("trusted")
 def test_a_teacher_that_does_not_fit_the_grid_is_refused_before_anything_starts(
     cli: Cli, shapes: Path, tmp_path: Path, teacher: dict[str, Any], cause: str
 ) -> None:
