@@ -26,6 +26,7 @@ from beit.configs import (
     DEFAULT_LABELS,
     FORMAT,
     MODEL_CLASSES,
+    SEVERAL_LABELS,
     describe_model,
     describe_processor,
     describe_timm,
@@ -59,7 +60,13 @@ from beit.layouts import (
     to_transformers,
     what_no_beit_has,
 )
-from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
+from beit.model import (
+    Beit,
+    BeitConfig,
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    check_whole,
+)
 from beit.relative_position import relative_position_index
 from beit.tokenizer_files import TOKENIZERS, AnyTokenizer, is_tokenizer, load_tokenizer
 from beit.unpickle import RefusedFile
@@ -263,6 +270,15 @@ def _transformers_folder(
             raise ValueError(f"image_spec in config.json: {error}") from None
     elif (file := path / "preprocessor_config.json").is_file():
         spec = read_processor(read_json(file))
+        if spec.size != config.image_height_width:
+            sizes = [" x ".join(map(str, each)) for each in (spec.size, config.image_height_width)]
+            assumed.append(
+                f"pictures of {sizes[0]}, as they are prepared, where the model's own are {sizes[1]}"
+            )
+        if spec.resize == "short_side" and spec.size[0] != spec.size[1]:
+            assumed.append(
+                "preparation: the rectangle is covered, where transformers fills up with black"
+            )
     else:
         spec = ImageSpec(config.image_height_width, "squash", crop_ratio=1.0)
         assumed.append("preparation: squashed, bicubic, mean 0.5 (there is no preprocessor_config.json)")
@@ -313,6 +329,8 @@ def _timm_folder(
     found.layout = "timm folder"
     found.image_spec = read_timm_spec(pretrained, config.image_height_width)
     found.id2label = read_timm_labels(content)
+    several = content.get("problem_type") == SEVERAL_LABELS  # our own word for it; timm has none
+    found.config = replace(found.config, several_labels=several)
     if len(found.id2label) not in (0, config.num_classes):
         raise ValueError(f"it names {len(found.id2label)} classes, its head has {config.num_classes}")
     return _with_class_names(found)
@@ -481,6 +499,7 @@ def save(
     folder that has one is whole. Raises ValueError for what the format cannot hold.
     """
     folder = Path(folder)
+    check_whole(model)
     if to == "unilm":
         return write_atomically(folder, unilm_bytes(model))
     folder.mkdir(parents=True, exist_ok=True)
@@ -503,6 +522,12 @@ def save(
 
 def unilm_bytes(model: Beit) -> bytes:
     """unilm's file: its names under `model`, with the index buffers that its strict loading asks for."""
+    c = model.config
+    if isinstance(model, BeitForImageClassification) and c.pooling == "cls" and not c.num_classes:
+        raise ValueError(
+            "unilm's file cannot say that features are those of the class token; keep the head, or write "
+            "another format"
+        )
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     index = relative_position_index(model.config.grid)
     places = {

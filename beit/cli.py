@@ -9,6 +9,7 @@ Exit codes: 0 done; 1 failed; 2 usage or settings; 3 done, some inputs skipped;
 from __future__ import annotations
 
 import errno
+import io
 import os
 import platform
 import sys
@@ -182,6 +183,10 @@ def keep_memory() -> None:
 def main() -> None:
     """Run one command and exit with its code. BEIT_DEBUG=1 shows where an error came from."""
     keep_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a name may hold what a terminal has no letter for
     if "OMP_WAIT_POLICY" not in os.environ:
         # Turns that torch's threads wait for each other before they sleep. With the library's own 300,000
         # they keep a busy machine's processors from each other: two trainings took three times as long.

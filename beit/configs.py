@@ -264,6 +264,8 @@ def describe_timm(model: Beit) -> dict[str, Any]:
     }
     if model.id2label:
         content["label_names"] = [model.id2label.get(i, str(i)) for i in range(c.num_classes)]
+    if c.several_labels:
+        content["problem_type"] = SEVERAL_LABELS
     return content
 
 

@@ -69,6 +69,7 @@ Runtime = Literal["auto", "torch", "openvino", "onnx"]
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 TIE = {"fp32": 1e-3, "bf16": 0.05}  # classes this near, in deviations of the logits, may change places
+MOST_GRAPHS = 3  # held open at once
 LEAST_COSINE = {"fp32": 0.9999, "bf16": 0.999}  # of logits or features, to torch's in fp32
 
 
@@ -138,7 +139,8 @@ class Engine:
 
     model: a folder, file or name, a loaded model, or a graph file that `beit export` wrote. What the
         engine loads itself it makes ready for the processor, which is faster. Of a loaded model only mode
-        (evaluation), dtype (float32) and device change; what you change in it later is seen.
+        (evaluation), dtype (float32) and device change; what you change in it later torch sees, while a
+        graph is of what it was.
     runtime: "torch", "openvino", "onnx", or "auto": the fastest that is installed and agrees, measured
         once for a model on a machine; `why` says what was found.
     precision: "fp32", "bf16", or "auto", bf16 where the processor multiplies it in hardware. With torch
@@ -289,7 +291,8 @@ class Engine:
 
     @property
     def model(self) -> Beit:
-        """The model in torch; of a graph file its shapes, classes and preparation alone."""
+        """The model in torch, for its shapes, classes and preparation: what the engine loaded itself it has
+        changed for speed, and of a graph file there is no more. `beit.load` gives one to work with."""
         if self._model is None and self._is_file:
             import torch
 
@@ -366,6 +369,9 @@ class Engine:
                 if isinstance(logits, BadImage):
                     yield Prediction(name, None, None, (), logits.reason)
                     continue
+                if not np.isfinite(logits).all():
+                    yield Prediction(name, None, None, (), "the model's answer is not finite")
+                    continue
                 scores = sigmoid(logits) if several else softmax(logits)
                 ranked = tuple(
                     (labels[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:width]
@@ -378,10 +384,10 @@ class Engine:
         self, images: Pictures, pooling: EmbedPooling = "mean", layer: int | None = None
     ) -> Iterator[Embedding]:
         """Features in the order of the pictures; pooling and layer as in `features.embed`."""
-        Output("features", pooling, layer).check(self.depth)
+        output = self._features(pooling, layer)
 
         def answers() -> Iterator[Embedding]:
-            compute = lambda batch: self.features_array(batch, pooling, layer)  # noqa: E731
+            compute = lambda batch: self._compute(output, batch)  # noqa: E731
             for name, row, ms in self._answers(images, compute):
                 if isinstance(row, BadImage):
                     yield Embedding(name, None, row.reason)
@@ -430,7 +436,14 @@ class Engine:
         self, images: np.ndarray, pooling: EmbedPooling = "mean", layer: int | None = None
     ) -> np.ndarray:
         """Prepared pictures (B, 3, H, W) float32 -> float32 (B, D), or (B, N, D) for tokens."""
-        return self._compute(Output("features", pooling, layer), images)
+        return self._compute(self._features(pooling, layer), images)
+
+    def _features(self, pooling: EmbedPooling, layer: int | None) -> Output:
+        """The output of features, its layer counted from the first. Raises ValueError for what is none."""
+        Output("features", pooling, layer).check(self.depth)
+        if layer is not None and layer < 0:
+            layer += self.depth + 1
+        return Output("features", pooling, layer)
 
     def _compute(self, output: Output, images: np.ndarray) -> np.ndarray:
         with self._turn:
@@ -493,7 +506,8 @@ class Engine:
     def _graph(self, output: Output) -> Graph:
         """The graph of an output: open, kept on the disk, or made now."""
         if output in self._graphs:
-            return self._graphs[output]
+            self._graphs[output] = graph = self._graphs.pop(output)  # the last used
+            return graph
         if self._is_file:
             held = next(iter(self._graphs))
             raise GraphError(
@@ -510,6 +524,8 @@ class Engine:
             export(self._loaded(), file, self.runtime, output, half_size=half)  # type: ignore[arg-type]
             forget_old_graphs(file)
         os.utime(file)
+        while len(self._graphs) >= MOST_GRAPHS:  # whoever asks for all layers holds two of them
+            del self._graphs[next(old for old in self._graphs if old.kind == "features")]
         self._graphs[output] = open_graph(file, self.precision, self.threads)
         return self._graphs[output]
 

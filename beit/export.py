@@ -40,7 +40,6 @@ from beit.graphs import (
     SUFFIX_OF,
     About,
     GraphError,
-    Kind,
     Output,
     cosines,
     import_openvino,
@@ -50,7 +49,7 @@ from beit.graphs import (
     require,
     signal_stack_kept,
 )
-from beit.model import Beit, BeitForImageClassification, BeitForMaskedImageModeling
+from beit.model import Beit, BeitForImageClassification, BeitForMaskedImageModeling, check_whole
 from beit.snapshots import bytes_of
 
 Target = Literal["onnx", "openvino", "torch"]
@@ -118,8 +117,9 @@ def export(
     output: what it computes; the classes where None.
     pictures: prepared (3, H, W) float32 ones. int8 needs them: one half sets the ranges, the other half
         is what agreement is measured on.
-    min_agreement: share of these whose best class must be the model's, for int8; where the output has no
-        classes, the lowest cosine. anyway: write int8 below it as well.
+    min_agreement: share of these whose best class must be the model's, for int8; where a picture may have
+        several labels, all of them; where the output has no classes, the lowest cosine.
+    anyway: write int8 below it as well.
     half_size: OpenVINO only: keep constants as float16, for a graph that computes in bf16.
     max_size: pixels of the longest side: pictures may have any size of whole patches, two or more a side,
         up to it, and a mask is (B, h, w). It costs time at every picture.
@@ -135,6 +135,15 @@ def export(
         _require_module("onnxscript", "onnx")
     if precision == "int8":
         _check_int8(to, output, pictures, max_size)
+    check_whole(model)
+    prepared, own = (
+        " x ".join(map(str, size)) for size in (model.image_spec.size, model.config.image_height_width)
+    )
+    if prepared != own:
+        raise ValueError(
+            f"its pictures are prepared at {prepared} and the model is of {own}; load it with one img_size "
+            "for both (--img-size)"
+        )
     model = _as_float32(model)
     most = _check_max_size(model, max_size)
     whole = OutputOf(model, output).eval()
@@ -352,7 +361,10 @@ def _parts(file: Path) -> list[Path]:
 
 
 def _move(made: Path, file: Path) -> None:
-    """Bring a whole graph to its place; the .xml, without which nobody opens the .bin, comes last."""
+    """Bring a whole graph to its place; the .xml, without which nobody opens the .bin, goes first and comes
+    last, so that there is never one beside another's .bin."""
+    if made.suffix == ".xml":
+        file.unlink(missing_ok=True)
     for part, place in zip(_parts(made), _parts(file), strict=True):
         flush(part)
         os.replace(part, place)
@@ -436,7 +448,7 @@ def _quantise(
                 calibration,
                 [names[layers.index(name)] for name in kept],
             )
-        found = _compare(made, exact, held_out, expected, about.kind)
+        found = _compare(made, exact, held_out, expected, about)
         found |= {
             "calibrated_on": half,
             "kept_in_higher_precision": dict(ranked[:keep]),
@@ -456,18 +468,23 @@ def _batches(images: np.ndarray, size: int = 8) -> list[np.ndarray]:
 
 
 def _compare(
-    made: Path, exact: Path, images: np.ndarray, expected: np.ndarray, kind: Kind
+    made: Path, exact: Path, images: np.ndarray, expected: np.ndarray, about: About
 ) -> dict[str, Any]:
     """int8 beside the model's outputs, and beside the same graph in higher precision for its speed."""
     graph, higher = open_graph(made, _rest(made)), open_graph(exact, _rest(exact))
     ours = np.concatenate([graph(part) for part in _batches(images)])
     cosine = float(cosines(ours, expected).min())
-    classifies = kind == "classification"
-    agreement = float((ours.argmax(axis=1) == expected.argmax(axis=1)).mean()) if classifies else cosine
+    if about.kind != "classification":
+        agreement, what = cosine, "lowest cosine"
+    elif about.config["several_labels"]:
+        agreement, what = float(((ours > 0) == (expected > 0)).all(axis=1).mean()), "same labels"
+    else:
+        same = ours.argmax(axis=1) == expected.argmax(axis=1)
+        agreement, what = float(same.mean()), "same best class"
     ms = milliseconds({"int8": graph, _rest(exact): higher}, images[:1])
     return {
         "agreement": agreement,
-        "agreement_is": "same best class" if classifies else "lowest cosine",
+        "agreement_is": what,
         "min_cosine": cosine,
         "mean_abs_error": float(np.abs(ours - expected).mean()),
         "max_abs_error": float(np.abs(ours - expected).max()),

@@ -157,6 +157,9 @@ class BeitFeatures:
 
     def transform(self, X: Sequence[Source]) -> np.ndarray:
         """Features of pictures, in their order."""
+        model: object = self.model
+        if not isinstance(model, Beit):
+            raise ValueError(f"model {model!r} is not a loaded one: BeitFeatures(beit.load({model!r}))")
         layer = default_layer(self.model.config.depth) if self.layer is None else self.layer
         chunks = (X[begin : begin + self.batch_size] for begin in range(0, len(X), self.batch_size))
         batches = (

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from beit.graphs import installed, is_graph
 from beit.hub import sha256_of
 from beit.workers import available_processors
 
+LEFT_S = 86_400.0  # an export does not take a day
 KEPT_BYTES = 4 << 30  # of graphs; the longest unused go first
 
 
@@ -30,7 +33,13 @@ def graph_folder() -> Path:
 
 
 def forget_old_graphs(new: Path) -> None:
-    """Delete the graphs longest unused while all take more than KEPT_BYTES."""
+    """Delete the graphs longest unused while all take more than KEPT_BYTES, but `new`.
+
+    And what killed exports have left.
+    """
+    for left in graph_folder().glob(".*"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > LEFT_S:
+            shutil.rmtree(left, ignore_errors=True)
     graphs = [file for file in graph_folder().iterdir() if is_graph(file)]
     weights = [file.with_suffix(".bin") for file in graphs]  # of OpenVINO
     together = [(g, w) if w.is_file() else (g,) for g, w in zip(graphs, weights, strict=True)]
@@ -39,8 +48,10 @@ def forget_old_graphs(new: Path) -> None:
 
 def key_of(path: Path) -> str:
     """A name for a model file or folder, and for the versions that its graphs depend on."""
-    files = sorted(path.glob("*.json")) if path.is_dir() else []
-    return digest(sha256_of(path) + "".join(file.read_text() for file in files) + versions())
+    files = [path / "config.json", path / "preprocessor_config.json"]
+    told = [sha256_of(file) for file in files if file.is_file()]
+    told += [] if path.is_dir() else [path.name]  # of a file the name says how pictures are prepared
+    return digest(" ".join([sha256_of(path), *told, versions()]))
 
 
 def _choice_file(key: str, threads: int | None, precision: str) -> Path:

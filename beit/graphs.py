@@ -139,7 +139,7 @@ class Graph(Protocol):
 
 def is_graph(path: str | os.PathLike[str]) -> bool:
     """Whether a name is that of a graph file."""
-    return Path(path).suffix in RUNTIME_OF
+    return Path(path).suffix in RUNTIME_OF and not os.path.isdir(path)
 
 
 def open_graph(

@@ -136,6 +136,11 @@ def to_classifier(
     A classifier's own head is kept by name: where it knows all of the classes, in whatever order and among
     whatever others, each keeps its row. Else the head begins anew.
     """
+    if isinstance(classes, (int, str)):
+        raise ValueError(
+            f"classes {classes!r} are not their names, such as ['cat', 'dog']; for a number of them: "
+            "beit.load(MODEL, num_classes=3)"
+        )
     old = source.config
     size = old.img_size if img_size is None else img_size
     config = replace(old.for_classification(len(classes)), img_size=size, drop_path_rate=drop_path_rate)

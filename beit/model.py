@@ -600,3 +600,15 @@ def _trunc_normal_(tensor: Tensor, std: float, cut: float) -> None:
         return
     edge = math.erf(cut / std / math.sqrt(2))
     tensor.uniform_(-edge, edge).erfinv_().mul_(std * math.sqrt(2)).clamp_(-cut, cut)
+
+
+def check_whole(model: Beit) -> None:
+    """Raise ValueError for a model whose tensors are not those of its config, as an engine's, joined for
+    speed, are not."""
+    with torch.device("meta"):
+        own = type(model)(model.config).state_dict().keys()
+    if own != model.state_dict().keys():
+        raise ValueError(
+            "this model's tensors are not those of its config: an engine changes its own for speed; take "
+            "the model of `beit.load`"
+        )

@@ -90,6 +90,16 @@ def settings_in_words(settings: Any, unused: Collection[str] = ()) -> str:
     return textwrap.fill(f"{command}: {told}", 108, break_long_words=False, break_on_hyphens=False)
 
 
+def idle(settings: Any, unused: Collection[str]) -> str:
+    """What is told of settings that were given though nothing here uses them; empty where none was."""
+    given = [
+        field.name
+        for field in dataclasses.fields(settings)
+        if field.name in unused and getattr(settings, field.name) != field.default
+    ]
+    return f"not used: {', '.join(given)}" if given else ""
+
+
 def is_in_use(out: Path) -> bool:
     """Whether a run folder holds anything; not counted is what a process killed at its beginning left."""
     return any(not path.name.startswith(".run.toml.") for path in out.iterdir())

@@ -19,6 +19,7 @@ V2 = replace(SHARED, early_layer=2)
 PLAIN = replace(SMALL, rel_pos_bias="none", use_abs_pos_emb=True, init_values=0.0, pooling="cls")
 MODELS: dict[str, tuple[type[Beit], BeitConfig]] = {
     "classifier": (BeitForImageClassification, SMALL),
+    "classifier of several labels": (BeitForImageClassification, replace(SMALL, several_labels=True)),
     "classifier without classes": (BeitForImageClassification, replace(SMALL, num_classes=0)),
     "classifier from the class token": (BeitForImageClassification, replace(SMALL, pooling="cls")),
     "class token without classes": (

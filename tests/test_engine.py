@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import time
 import weakref
 from collections.abc import Iterator
@@ -710,6 +711,33 @@ def test_a_missing_runtime_is_named_and_auto_does_without(
     engine = Engine(folder)
     assert engine.runtime == "torch"
     assert 'pip install "beit[openvino]" may be faster' in engine.why
+
+
+def test_whoever_asks_for_all_layers_holds_few_graphs(
+    folder: Path, files: list[Path], model: BeitForImageClassification
+) -> None:
+    pytest.importorskip("onnxruntime")
+    from beit.engine import MOST_GRAPHS
+
+    engine = Engine(folder, "onnx", "fp32")
+    for pooling in ("mean", "cls"):
+        for layer in (None, 0, 1, 2, -1, -2, -3):
+            (ours,), (theirs,) = (
+                e.embed(files[0], pooling, layer)  # type: ignore[arg-type]
+                for e in (engine, exact(model))
+            )
+            np.testing.assert_allclose(ours.vector, theirs.vector, atol=1e-4)
+            assert len(engine._graphs) <= MOST_GRAPHS
+            assert Output() in engine._graphs, "the classifier stays"
+    assert {output.layer for output in engine._graphs} <= {None, 0, 1, 2}, "-1 is 2"
+
+
+def test_an_answer_that_is_not_finite_is_an_error(files: list[Path]) -> None:
+    broken = BeitForImageClassification(CONFIG).eval()
+    with torch.no_grad():
+        broken.head.bias[2] = math.nan  # type: ignore[index,union-attr]
+    (answer,) = exact(broken).classify(files[0])
+    assert answer == Prediction(str(files[0]), None, None, (), "the model's answer is not finite")
 
 
 def test_a_model_given_in_memory_is_used_as_it_is_now(files: list[Path]) -> None:

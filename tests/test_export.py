@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -387,6 +388,40 @@ def test_a_missing_extra_is_named_with_its_install_line(
     )
     with pytest.raises(ValueError, match=rf'{module}: pip install "beit\[{to}\]"'):
         export(model, tmp_path / f"a{SUFFIX_OF[to]}", to)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_agreement_of_several_labels_is_of_all_of_them(several: bool, tmp_path: Path) -> None:
+    """Classes 1 to 5 lie near 0 and change sides; the best one, 0, stays."""
+    model = BeitForImageClassification(replace(CONFIG, several_labels=several)).eval()
+    file = tmp_path / "a.onnx"
+    export(model, file, "onnx")
+    images = np.random.default_rng(0).standard_normal((6, 3, 32, 32), np.float32)
+    wanted = logits(model, images)
+    with torch.no_grad():
+        model.head.bias[0] += 50  # type: ignore[index,union-attr]
+        model.head.bias[1] -= float(wanted[:3, 1].mean())  # type: ignore[index,union-attr]
+    export(model, file, "onnx")
+    about = about_of(file)
+    expected = logits(model, images)
+    expected[0, 1:] *= -1
+    found = beit.export._compare(file, file, images, expected, about)
+    assert found["agreement"] == (pytest.approx(5 / 6) if several else 1.0)
+    assert found["agreement_is"] == ("same labels" if several else "same best class")
+
+
+def test_an_old_xml_is_never_beside_a_new_bin(
+    model: BeitForImageClassification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    file = tmp_path / "a.xml"
+    export(model, file, "openvino")
+    seen, honest = [], os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda one, other: (honest(one, other), seen.append(file.exists()))
+    )
+    export(model, file, "openvino")
+    assert seen == [False, True]
 
 
 class Program:

@@ -207,3 +207,10 @@ def test_it_keeps_scikit_learns_rules_for_estimators() -> None:
         assert (tags.requires_fit, tags.input_tags.two_d_array) == (False, False)
     with pytest.raises(ValueError, match="no parameter 'depth'; it has model, layer, pooling"):
         features.set_params(depth=3)
+
+
+def test_a_name_is_no_model_for_scikit_learn(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"model 'pre' is not a loaded one: BeitFeatures\(beit\.load\('pre'\)\)"
+    ):
+        BeitFeatures("pre").transform([])  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ import beit
 import beit.folded
 import beit.torch_model
 from beit.engine import Engine
+from beit.export import export
 from beit.folded import Layer, by_mkl, by_onednn, fold, is_right, linear, plain
 
 
@@ -126,6 +127,13 @@ def test_the_engine_folds_its_own_model_and_leaves_yours(
     np.testing.assert_allclose(own.logits_array(images), yours.logits_array(images), few, few)
     assert isinstance(own.model.blocks[0], beit.folded.FoldedBlock)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    for refused in (
+        lambda: beit.save(own.model, tmp_path / "copy"),
+        lambda: export(own.model, tmp_path / "copy.onnx", "onnx"),
+    ):
+        with pytest.raises(ValueError, match=r"tensors are not those of its config: .* `beit\.load`"):
+            refused()
+    assert not list(tmp_path.glob("copy*"))
     monkeypatch.setattr(beit.torch_model, "SMALL_FLOPS", 1e9)
     assert not isinstance(Engine(tmp_path / "model", "torch").model.blocks[0], beit.folded.FoldedBlock)
 

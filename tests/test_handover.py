@@ -266,3 +266,8 @@ def test_what_no_rule_knows_is_given_back_by_name() -> None:
     assert unknown == ["blocks.0.attn.surprise"]
     assert taken.keys() == model.state_dict().keys()
     assert report.new == []
+
+
+def test_a_number_of_classes_is_not_their_names() -> None:
+    with pytest.raises(ValueError, match=r"classes 3 are not their names.*num_classes=3"):
+        to_classifier(build("encoder"), 3)  # type: ignore[arg-type]

@@ -34,6 +34,7 @@ from torch import Tensor
 import beit
 from beit import hub
 from beit.checkpoints import load, load_model, save
+from beit.export import export
 from beit.image import IMAGENET_MEAN, IMAGENET_STD, ImageSpec
 from beit.model import Beit, BeitForImageClassification, BeitForMaskedImageModeling
 from beit.relative_position import relative_position_index
@@ -675,6 +676,28 @@ def test_a_preparation_survives_in_transformers_words_alone(spec: ImageSpec, tmp
     back = load(tmp_path).image_spec
     picture = np.random.default_rng(0).integers(0, 256, (301, 411, 3), dtype=np.uint8)
     np.testing.assert_array_equal(preprocess(picture, back), preprocess(picture, spec))
+
+
+def test_a_preparation_for_another_size_is_told_and_not_exported(tmp_path: Path) -> None:
+    save(build("classifier"), tmp_path)
+    change(tmp_path, beit=...)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "size": 48, "do_center_crop": False}))
+    back = load(tmp_path)
+    assert "pictures of 48 x 48, as they are prepared, where the model's own are 32 x 32" in (
+        back.load_report.assumed
+    )
+    with pytest.raises(
+        ValueError, match=r"prepared at 48 x 48 and the model is of 32 x 32; .*--img-size"
+    ):
+        export(back, tmp_path / "a.onnx", "onnx")
+    export(load(tmp_path, img_size=48), tmp_path / "a.onnx", "onnx")
+
+
+def test_a_rectangle_that_transformers_fills_up_is_told(tmp_path: Path) -> None:
+    save(build("rectangle"), tmp_path)
+    change(tmp_path, beit=...)
+    assert any("transformers fills up with black" in told for told in load(tmp_path).load_report.assumed)
 
 
 @pytest.mark.parametrize("spec", [SPECS[i] for i in (0, 1, 3, 5, 6)])

@@ -184,6 +184,28 @@ def test_the_split_is_written_with_labels_and_with_paths_that_lead_to_the_pictur
         assert np.array_equal(again.read(number), np.asarray(expected))
 
 
+def test_the_split_of_shards_names_the_same_pictures(
+    tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s").mkdir()
+    with tarfile.open(tmp_path / "s" / "a.tar", "w") as tar:
+        for folder in sorted((shapes / "train").iterdir()):
+            tar.add(folder, folder.name)
+    source = open_source(tmp_path / "s", labelled=True)
+    chosen = take(source, [3, 17, 25])
+    (tmp_path / "run").mkdir()
+    write_split(
+        tmp_path / "run" / "split.csv",
+        {"train": (source, source.labels), "val": (chosen, chosen.labels)},
+    )
+    monkeypatch.chdir(tmp_path / "run")
+    again = open_source("split.csv", "val", labelled=True)
+    for number in range(3):
+        assert np.array_equal(again.read(number), chosen.read(number))
+        assert again.classes[again.labels[number]] == source.classes[chosen.labels[number]]
+        assert real_place(again.name(number)) == chosen.name(number)
+
+
 def test_the_split_has_all_labels_of_a_picture(tmp_path: Path, shapes: Path) -> None:
     some = take(open_source(shapes), [0, 20])
     truth = np.array([[True, False, True], [False, True, False]])

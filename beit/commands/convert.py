@@ -104,6 +104,11 @@ def _check_place(settings: Convert) -> None:
         raise ValueError(f"unilm's format is one file: name it .pth, not {out.name}")
     if settings.to != "unilm" and out.suffix in (".pth", ".pt", ".safetensors"):
         raise ValueError(f"{settings.to}'s format is a folder, and {out.name} looks like a file")
+    if out.exists() and out.is_dir() == (settings.to == "unilm"):
+        what, wanted = ("folder", "file") if out.is_dir() else ("file", "folder")
+        raise CannotWrite(
+            f"{out} is a {what}, and {settings.to}'s format is a {wanted}; name another place"
+        )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if out.is_dir() and not all((out / name).is_file() for name in ("config.json", "model.safetensors")):
@@ -124,10 +129,21 @@ def not_kept(model: Beit, to: Format) -> list[str]:
     if to == "unilm":
         names = "the class names and " if model.id2label else ""
         losses.append(f"{names}how pictures are prepared, unilm's file holds tensors only")
+        if c.several_labels:
+            losses.append("that a picture may have several labels")
+        if height != width:
+            losses.append(
+                "which side of the rectangle is which: beit.load(file, img_size=(height, width))"
+            )
     if to == "transformers" and c.early_layer:
         losses.append("in transformers: v2's extra blocks, it leaves them out; beit reads them")
     if to == "transformers" and height != width and (c.use_abs_pos_emb or c.rel_pos_bias != "none"):
         losses.append("in transformers: a rectangle's positions, it exchanges the sides; beit does not")
+    spec = model.image_spec
+    if to == "transformers" and spec.resize == "short_side" and spec.size[0] != spec.size[1]:
+        losses.append(
+            "in transformers: how the rectangle is cut, it fills up with black; beit covers it"
+        )
     return losses
 
 

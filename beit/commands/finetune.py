@@ -7,9 +7,10 @@ frozen features is as good as anything; with more, fine-tuning has to beat it or
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -42,7 +43,7 @@ from beit.plural import counted
 from beit.precision import Precision, autocast, resolve_precision
 from beit.ranges import AboveZero, BelowOne, Compile, CropScale, Magnitude, NotNegative, Share
 from beit.run import Run, check_folder, surroundings
-from beit.settings import describe_settings
+from beit.settings import describe_settings, idle
 from beit.split import data_hash, write_split
 from beit.validation import Validation, logits_of, score
 
@@ -183,11 +184,21 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
         assert settings.batch_size
         length_of(settings, len(data.train.source))
         distributed.accumulation(settings.batch_size, settings.device_batch_size)
+    hashes = {
+        "data_hash": data_hash(data.everything, data.divided.looked),
+        "train_hash": data_hash([data.train.source], None),  # by which `evaluate` knows them again
+    }
+    knows = start is not None and data.val is not None and knows_some(start.provenance, hashes)
+    if knows:
+        distributed.say(
+            f"{settings.model} has learned from these pictures, and others are held out now, of which it "
+            "knows some: their accuracy is too good. The same --seed and --val-share hold out the same"
+        )
     model = starting_model(settings, start, data.classes).to(device)
     run = Run(out, settings, settings.overwrite)
     pictures = {"train": len(data.train.source), "val": len(data.val.source) if data.val else 0}
     run.begin(
-        {**pictures, "data_hash": data_hash(data.everything, data.divided.looked)},
+        {**pictures, "data_hash": hashes["data_hash"]},
         surroundings(device, resolve_precision(settings.precision, device)),
     )
     if data.held_out and data.val is not None:
@@ -233,8 +244,8 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
         **result,
         **({"batch_size": settings.batch_size} if settings.batch_size else {}),
         "seed": settings.seed,
-        "data_hash": data_hash(data.everything, data.divided.looked),
-        "train_hash": data_hash([data.train.source], None),  # by which `evaluate` knows them again
+        **hashes,
+        **({"start_knew_val": True} if knows else {}),
     }
     distributed.on_main(lambda: save(final, run.out, provenance))
     if settings.report:
@@ -243,7 +254,14 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
         mix = erasing_and_mixing(settings)
         report = partial(write_report, run, describe_settings(settings), provenance, data)
         distributed.on_main(lambda: report(answers, final, frozen, view, mix))
+        distributed.say(f"next: beit classify PICTURES -m {shlex.quote(str(out))}")
     return result
+
+
+def knows_some(provenance: Mapping[str, Any], hashes: Mapping[str, str]) -> bool:
+    """Whether a model was fine-tuned on the same pictures, of which others were held out then."""
+    same = provenance.get("data_hash") == hashes["data_hash"]
+    return same and provenance.get("train_hash") != hashes["train_hash"]
 
 
 # What only a training has, not a head on frozen features.
@@ -265,19 +283,14 @@ def choose(settings: Finetune, data: Labelled, depth: int | None) -> Finetune:
         )
     for remark in data.remarks():
         distributed.say(remark)
+    if settings.val_share and not data.held_out:
+        distributed.say("not used: val_share; pictures to validate on are given")
     if new:
         told = ", ".join(f"{name} {value}" for name, value in new.items())
         pictures = counted(len(data.train.source), "picture")
         distributed.say(f"chosen for {pictures} of {len(data.classes)} classes: {told}")
-    idle = [
-        f.name
-        for f in fields(settings)
-        if f.name in OF_TRAINING and getattr(settings, f.name) != f.default
-    ]
-    if new.get("method", settings.method) == "head" and idle:
-        distributed.say(
-            f"not used: {', '.join(idle)}; a linear head is fitted, and --method best or full trains"
-        )
+    if new.get("method", settings.method) == "head" and (unused := idle(settings, OF_TRAINING)):
+        distributed.say(f"{unused}; a linear head is fitted, and --method best or full trains")
     if new.get("class_weights"):
         distributed.say(
             f"classes have {data.counts.min()} to {data.counts.max()} pictures: rare ones count more in "

@@ -21,6 +21,7 @@ from beit.graph_cache import known_choice
 from beit.graphs import RUNTIME_OF, about_of, is_graph
 from beit.hub import is_size, resolve, sha256_of
 from beit.model import VARIANTS, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
+from beit.names import printable
 from beit.plural import counted
 from beit.tokenizer_files import is_tokenizer, load_tokenizer
 from beit.torch_model import is_small
@@ -60,7 +61,7 @@ def info(settings: Info) -> dict[str, Any]:
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         for number, line in enumerate(value if isinstance(value, list) else [value]):
-            words = f"{line:,}" if type(line) is int else line
+            words = f"{line:,}" if type(line) is int else printable(str(line))
             print(f"  {key.replace('_', ' ') if number == 0 else '':14} {words}")
     return facts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -44,7 +45,7 @@ from beit.plural import counted
 from beit.precision import Precision, autocast, resolve_precision
 from beit.ranges import AboveZero, BelowOne, Compile, CropScale, NotNegative, Numbers, Share
 from beit.run import Run, Stopped, check_folder, surroundings, weights_hash
-from beit.settings import settings_in_words
+from beit.settings import idle, settings_in_words
 from beit.split import data_hash
 from beit.tokenizer import DalleTokenizer, PixelTargets, Tokenizer, count_tokens
 from beit.tokenizer_files import AnyTokenizer, load_tokenizer
@@ -82,7 +83,7 @@ class Pretrain:
     exact_masks: bool = False
     """Hide just so many, as BEiT v2 does; v1 hides at most so many."""
     epochs: PositiveInt = 800
-    """Passes over the pictures."""
+    """Passes over the pictures, each without its last batch where that is short."""
     steps: NonNegativeInt = 0
     """Training steps; 0 follows `epochs`."""
     warmup_epochs: NotNegative = 10.0
@@ -146,7 +147,8 @@ class Pretrain:
     """Labelled pictures to probe the features with while it runs, up to 10,000 of train and 5,000 of val;
     where there is no val a fifth is held out."""
     probe_layers: Numbers = ()
-    """Blocks to probe, counted from 1; the paper's, 9 of 12, and the last where none is named."""
+    """Blocks to look at, counted from 1: effective rank and, with --probe-data, probes. The paper's, 9 of
+    12, and the last where none is named."""
     look_epochs: NonNegativeInt = 0
     """Epochs between looks: pictures of the guesses, probes, report.html. 0: pictures each epoch, in a run
     of over 100 epochs 100 times at most, and probes about ten times."""
@@ -190,7 +192,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     source = open_source(settings.data)
     check_folder(settings.out, settings, settings.overwrite)
     tokenizer, tokenizer_hash = open_tokenizer(settings, device)
-    model = starting_model(settings, tokenizer.vocab_size).to(device).train()
+    model = starting_model(settings, tokenizer.vocab_size, tokenizer_hash).to(device).train()
     model.gradient_checkpointing = settings.gradient_checkpointing
     config = model.config
     sample = Sampler.of(settings, config, tokenizer)
@@ -213,6 +215,10 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     peak, peak_from = peak_flops(device, settings.precision, settings.peak_tflops)
     precision = resolve_precision(settings.precision, device)
     distributed.say(settings_in_words(settings))
+    if settings.masks == "random" and (unused := idle(settings, ("min_block", "exact_masks"))):
+        distributed.say(
+            f"{unused}; patches hidden at random are no blocks, and as many as there are to be"
+        )
     run.begin(
         {
             "pictures": len(source), "data_hash": data_hash([source], None),
@@ -284,6 +290,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         print(f"{run.out}: {loader.bad_images}", file=sys.stderr)
     provenance: dict[str, Any] = {
         "made_by": "beit pretrain",
+        "tokenizer_hash": tokenizer_hash,
         "pictures": len(source),
         "steps": total,
         "batch_size": settings.batch_size,
@@ -297,6 +304,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         f"{run.out}: {counted(total, 'step')}, {how_it_ended(last, tokenizer.vocab_size)}; "
         f"see {run.out / 'report.html'}"
     )
+    distributed.say(f"next: beit finetune LABELLED -m {shlex.quote(str(run.out))}")
     return last
 
 
@@ -395,8 +403,13 @@ def length_of(settings: Pretrain, steps_per_epoch: int) -> tuple[int, int]:
     return total, warmup
 
 
-def starting_model(settings: Pretrain, vocab_size: int) -> BeitForMaskedImageModeling:
-    """A fresh encoder of a named size, or the encoder of a trained model; both to guess V tokens."""
+def starting_model(
+    settings: Pretrain, vocab_size: int, tokenizer_hash: str
+) -> BeitForMaskedImageModeling:
+    """A fresh encoder of a named size, or the encoder of a trained model; both to guess V tokens.
+
+    A trained one's head stays, unless it has learned another tokenizer's tokens.
+    """
     torch.manual_seed(settings.seed)
     if is_size(settings.model):
         config, start = variant(settings.model, other_names()).for_pretraining(vocab_size), None
@@ -426,7 +439,8 @@ def starting_model(settings: Pretrain, vocab_size: int) -> BeitForMaskedImageMod
     if settings.crop_ratio is not None:
         model.image_spec = cropped_spec(model.image_spec, settings.crop_ratio)
     if start is not None:
-        same_tokens = start.config.vocab_size == vocab_size
+        learned = start.provenance.get("tokenizer_hash", tokenizer_hash)  # of others' it is not known
+        same_tokens = start.config.vocab_size == vocab_size and learned == tokenizer_hash
         tensors = {
             name: tensor
             for name, tensor in start.state_dict().items()

@@ -251,7 +251,7 @@ def make_app(engine: Engine, settings: Serve, key: str = "") -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
-        routes = "POST /v1/classify, POST /v1/embed, GET /v1/model, GET /health"
+        routes = "POST /v1/classify, POST /v1/embed, GET /v1/model, GET /health, GET /openapi.json"
         return told(error.status_code, f"{request.method} {request.url.path} is not one of {routes}")
 
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -36,7 +37,7 @@ from beit.progress import Progress
 from beit.ranges import CropScale, NotNegative, Share
 from beit.report import Page
 from beit.run import Run, check_folder, read_metrics, surroundings
-from beit.settings import settings_in_words
+from beit.settings import idle, settings_in_words
 from beit.split import data_hash
 from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig, count_tokens
 from beit.tokenizer_files import save_tokenizer
@@ -83,7 +84,7 @@ class TrainTokenizer:
     revive_after_steps: NonNegativeInt = 20
     """A code unused this long takes a fresh place; 0 never, as BEiT v2 has it."""
     epochs: PositiveInt = 20
-    """Passes over the pictures."""
+    """Passes over the pictures, each without its last batch where that is short."""
     steps: NonNegativeInt = 0
     """Training steps; 0 follows `epochs`."""
     batch_size: PositiveInt = 64
@@ -164,6 +165,8 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
 
     every = max(1, total // 10)
     distributed.say(settings_in_words(settings, unused=NOT_OF[settings.kind]))
+    if unused := idle(settings, NOT_OF[settings.kind]):
+        distributed.say(f"{unused}; that is for the other kind")
     run.begin(
         {
             "pictures": len(source), "data_hash": data_hash([source], None), "steps": total,
@@ -244,12 +247,15 @@ def finish(
         ),
         file=sys.stderr,
     )
-    if result["live_codes"] < 0.5:
+    if result["live_codes"] < 0.5 or result["perplexity"] < settings.vocab_size / 8:
         print(
-            f"warning: only {result['live_codes']:.0%} of the codes are alive, so most tokens mean "
-            f"nothing. Train longer, or with fewer: --vocab-size {max(16, settings.vocab_size // 4)}",
+            f"warning: {result['live_codes']:.0%} of the codes are alive, and used as unevenly as "
+            f"{result['perplexity']:.0f} would be evenly, so most tokens mean little. Train longer, or "
+            f"with fewer: --vocab-size {max(16, settings.vocab_size // 4)}",
             file=sys.stderr,
         )
+    again = shlex.join(["beit", "pretrain", str(settings.data), "--tokenizer", str(out)])
+    print(f"next: {again} -o PRETRAINED", file=sys.stderr)
     return result
 
 

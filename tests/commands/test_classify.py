@@ -507,6 +507,30 @@ def test_a_list_on_stdin_may_name_what_is_no_utf8(finetuned: Done, photos: Path,
     assert (os.fsencode(answer["path"]), answer["error"]) == (name, None)
 
 
+def test_a_name_that_the_terminal_has_no_letters_for_is_told(
+    finetuned: Done, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "写真.png").write_bytes((photos / "1.png").read_bytes())
+    words = [
+        sys.executable,
+        "-m",
+        "beit",
+        "classify",
+        str(tmp_path / "写真.png"),
+        "-m",
+        str(finetuned.folder),
+    ]
+    for more, name in ((["--json"], '写真.png"'), ([], "\\u5199\\u771f.png")):
+        done = subprocess.run(
+            [*words, *more],
+            env={**ENVIRONMENT, "PYTHONIOENCODING": "cp1252"},
+            capture_output=True,
+            check=True,
+        )
+        said = done.stdout.decode("cp1252")
+        assert name in (json.dumps(json.loads(said), ensure_ascii=False) if more else said)
+
+
 def test_an_answer_file_that_another_process_writes_is_refused(
     cli: Cli, finetuned: Done, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,10 @@ def test_a_unilm_file_becomes_our_folder(cli: Cli, tmp_path: Path) -> None:
     assert provenance["source_sha256"] in (tmp_path / "model" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["classifier", "encoder of a masked model", "rectangle", "thin"])
+@pytest.mark.parametrize(
+    "name",
+    ["classifier", "classifier of several labels", "encoder of a masked model", "rectangle", "thin"],
+)
 def test_every_format_is_written_and_read_back(name: str, cli: Cli, tmp_path: Path) -> None:
     model = build(name)
     save(model, tmp_path / "a")
@@ -52,18 +55,23 @@ def test_every_format_is_written_and_read_back(name: str, cli: Cli, tmp_path: Pa
         for place in ("b", "c.pth", "d"):
             back = load(tmp_path / place, img_size=model.config.img_size)
             torch.testing.assert_close(back(x), model(x), atol=1e-5, rtol=0)
+            kept = place != "c.pth" and model.config.several_labels
+            assert back.config.several_labels == kept  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
     ("name", "to", "words"),
     [
         ("classifier", "unilm", "not kept: the class names and how pictures are prepared"),
+        ("classifier of several labels", "unilm", "not kept: that a picture may have several labels"),
+        ("rectangle", "unilm", "not kept: which side of the rectangle is which"),
         ("encoder", "unilm", "not kept: how pictures are prepared"),
         ("thin", "timm", "not kept: layer_norm_eps 1e-12, timm always has 1e-06"),
         ("thin", "unilm", "not kept: layer_norm_eps 1e-12, unilm always has 1e-06"),
         ("encoder of a masked model", "timm", "not kept: mask_token"),
         ("v2 masked model", "transformers", "in transformers: v2's extra blocks"),
         ("rectangle", "transformers", "in transformers: a rectangle's positions"),
+        ("rectangle", "transformers", "in transformers: how the rectangle is cut"),
     ],
 )
 def test_what_a_format_cannot_hold_is_said(
@@ -131,6 +139,29 @@ def test_a_folder_can_be_converted_in_its_place(cli: Cli, tmp_path: Path) -> Non
     assert cli("convert", tmp_path / "a", tmp_path / "a", overwrite=True, to="timm")[0] == 0
     same_tensors(load(tmp_path / "a"), build("classifier"))
     assert load(tmp_path / "a").id2label == NAMES
+
+
+def test_a_file_is_not_taken_for_a_folder_nor_the_other_way(cli: Cli, tmp_path: Path) -> None:
+    save(build("classifier"), tmp_path / "a")
+    (tmp_path / "b").write_text("mine")
+    (tmp_path / "c.pth").mkdir()
+    for place, to, words in (
+        ("b", "transformers", "b is a file, and transformers's format is a folder"),
+        ("c.pth", "unilm", "c.pth is a folder, and unilm's format is a file"),
+    ):
+        for more in ([], ["--overwrite"]):
+            code, _, err = cli("convert", tmp_path / "a", tmp_path / place, "--to", to, *more)
+            assert code == 6
+            assert words in err
+    assert (tmp_path / "b").read_text() == "mine"
+
+
+def test_a_class_token_without_a_head_is_nothing_for_unilms_file(cli: Cli, tmp_path: Path) -> None:
+    save(build("class token without classes"), tmp_path / "a")
+    code, _, err = cli("convert", tmp_path / "a", tmp_path / "b.pth", to="unilm")
+    assert code == 2
+    assert "cannot say that features are those of the class token" in err
+    assert not (tmp_path / "b.pth").exists()
 
 
 @pytest.mark.parametrize(

@@ -893,3 +893,27 @@ def test_a_head_is_not_fitted_where_too_many_pictures_are_bad(
     )
     assert code == 0
     assert len((tmp_path / "b" / "bad_images.csv").read_text().splitlines()) == 4
+
+
+def test_a_start_that_knows_what_is_held_out_now_is_told(
+    cli: Cli, shapes: Path, pretrained: Done, tmp_path: Path
+) -> None:
+    options = {**FINETUNE, "steps": 2, "model": pretrained.folder}
+    first = run(tmp_path / "1.run", "finetune", shapes / "train", **options, seed=0)
+    options["model"] = first.folder
+    other = run(tmp_path / "2.run", "finetune", shapes / "train", **options, seed=1)
+    assert "others are held out now, of which it knows some" in other.said
+    assert "The same --seed and --val-share hold out the same" in other.said
+    code, _, err = cli("evaluate", other.folder / "split.csv", model=other.folder)
+    assert code == 0
+    assert "begun from one that had learned from some of the pictures held out" in err
+    same = run(tmp_path / "3.run", "finetune", shapes / "train", **options, seed=0)
+    assert "has learned from these pictures" not in same.said
+
+
+def test_a_share_to_hold_out_is_not_used_where_pictures_are_given(
+    shapes: Path, pretrained: Done, tmp_path: Path
+) -> None:
+    options = {**FINETUNE, "steps": 2, "model": pretrained.folder, "val_share": 0.3}
+    said = run(tmp_path / "1.run", "finetune", shapes, **options).said
+    assert "not used: val_share; pictures to validate on are given" in said

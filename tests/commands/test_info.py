@@ -124,6 +124,22 @@ def test_what_is_no_model_ends_in_code_5(cli: Cli, tmp_path: Path) -> None:
         assert source.name in err
 
 
+def test_the_names_of_classes_give_no_orders_to_a_terminal(cli: Cli, tmp_path: Path) -> None:
+    model = build("classifier")
+    model.id2label = {0: "a\x1b[31m", 1: "b\nc", 2: "d", 3: "e"}
+    save(model, tmp_path / "m")
+    code, out, _ = cli("info", tmp_path / "m")
+    assert code == 0
+    assert r"4: a\x1b[31m; b\nc; d; e" in out
+
+
+def test_a_folder_named_as_a_graph_is_a_folder(cli: Cli, tmp_path: Path) -> None:
+    save(build("classifier"), tmp_path / "m.onnx")
+    code, out, _ = cli("info", tmp_path / "m.onnx")
+    assert code == 0
+    assert "beit folder" in out
+
+
 def test_a_graph_that_is_not_there_or_none_of_ours_ends_in_code_5(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "a.pt2").write_bytes(b"no graph")
     for file, cause in (

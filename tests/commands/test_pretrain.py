@@ -509,3 +509,26 @@ def test_what_is_no_tokenizer_ends_with_5(
         assert code == 5
         assert cause in err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_head_of_a_start_stays_for_the_tokens_that_it_learned(
+    shapes: Path, tokenizer: Done, pretrained: Done, tmp_path: Path
+) -> None:
+    """Two tokenizers of as many codes have nothing else in common."""
+    options = {**PRETRAIN, "steps": 2, "model": pretrained.folder}
+    other = run(
+        tmp_path / "t", "train-tokenizer", shapes / "train", **{**TOKENIZER, "steps": 2, "seed": 5}
+    )
+    same = run(tmp_path / "1", "pretrain", shapes / "train", tokenizer=tokenizer.folder, **options)
+    assert "lm_head" not in same.said
+    new = run(tmp_path / "2", "pretrain", shapes / "train", tokenizer=other.folder, **options)
+    assert "lm_head" in new.said
+
+
+def test_settings_of_blocks_are_told_where_patches_are_hidden_at_random(
+    shapes: Path, tokenizer: Done, tmp_path: Path
+) -> None:
+    options = {**PRETRAIN, "steps": 2, "masks": "random", "exact_masks": True, "min_block": 2}
+    said = run(tmp_path / "1", "pretrain", shapes / "train", tokenizer=tokenizer.folder, **options).said
+    assert "not used: min_block, exact_masks; patches hidden at random are no blocks" in said
+    assert f"next: beit finetune LABELLED -m {tmp_path / '1'}" in said

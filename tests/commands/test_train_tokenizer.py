@@ -142,7 +142,7 @@ def test_settings_of_the_other_kind_are_not_told(tokenizer: Done, vqkd: Done) ->
         (vqkd, "decoder_depth", "hidden_dim"),
     ):
         assert f", {ours} " in " ".join(done.said.split())
-        assert theirs not in done.said
+        assert theirs not in done.said.replace(f"not used: {theirs};", "")
 
 
 def test_the_settings_are_the_tokenizers(tokenizer: Done) -> None:
@@ -209,26 +209,40 @@ def test_a_step_in_parts_is_the_step_of_all_of_it(
 def test_dead_codes_are_warned_of_below_a_half(shapes: Path, tmp_path: Path, tokenizer: Done) -> None:
     done = run(tmp_path / "many", NAME, shapes / "train", **{**SHORT, "vocab_size": 2048, "steps": 2})
     assert done.result["live_codes"] < 0.5
-    assert "warning: only" in done.said
+    assert "warning: " in done.said
     assert "--vocab-size 512" in done.said
     assert tokenizer.result["live_codes"] >= 0.5
     assert "warning" not in tokenizer.said
 
 
-@pytest.mark.parametrize(("live", "warned"), [(0.49, True), (0.5, False)])
-def test_half_of_the_codes_is_where_the_warning_begins(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: float, warned: bool
+@pytest.mark.parametrize(
+    ("live", "share", "told"),
+    [
+        (0.49, 0.5, "49% of the codes"),
+        (0.5, 0.125, ""),
+        (0.9, 0.12, "90% of the codes are alive, and used"),
+    ],
+)
+def test_half_of_the_codes_or_an_eighth_evenly_is_where_the_warning_begins(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: float, share: float, told: str
 ) -> None:
     judge = beit.commands.train_tokenizer.judge
 
     def judged(*values: Any) -> tuple[Any, ...]:
         use, *others = judge(*values)
-        return use._replace(live=live), *others
+        return use._replace(live=live, perplexity=share * SHORT["vocab_size"]), *others
 
     monkeypatch.setattr(beit.commands.train_tokenizer, "judge", judged)
     done = run(tmp_path / "run", NAME, shapes / "train", **{**SHORT, "steps": 1})
-    assert ("warning: only 49% of the codes are alive" in done.said) == warned
-    assert ("warning" in done.said) == warned
+    assert ("warning" in done.said) == bool(told)
+    assert told in done.said
+    assert f"next: beit pretrain {shapes / 'train'} --tokenizer {tmp_path / 'run'}" in done.said
+
+
+def test_settings_of_the_other_kind_are_told(shapes: Path, tmp_path: Path) -> None:
+    options = {**SHORT, **VQKD_OPTIONS, "steps": 1, "num_layers": 4, "quantizer": "gumbel"}
+    said = run(tmp_path / "run", NAME, shapes / "train", **options).said
+    assert "not used: hidden_dim, num_layers, quantizer; that is for the other kind" in said
 
 
 def test_a_finished_run_is_not_trained_again(shapes: Path, tmp_path: Path) -> None:
