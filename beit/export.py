@@ -95,7 +95,7 @@ class OutputOf(nn.Module):
         if self.output.kind == "features":
             return embed(self.model, images, self.output.pooling, self.output.layer)
         assert isinstance(self.model, BeitForMaskedImageModeling)
-        return self.model.logits(Beit.forward(self.model, images, bool_masked_pos), None)
+        return self.model.logits(Beit.forward(self.model, images, bool_masked_pos))
 
 
 def export(

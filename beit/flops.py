@@ -25,16 +25,19 @@ PEAK_TFLOPS = {
 def forward_flops(config: BeitConfig, masked: float = 0.0) -> float:
     """FLOPs of one image's forward pass.
 
-    masked: patches whose tokens are guessed, for pre-training; 0 counts the classifier instead.
+    masked: patches whose tokens are guessed, for pre-training, where the last block and v2's last extra one
+        finish these alone; 0 counts the classifier instead.
     """
     patches, width = config.grid[0] * config.grid[1], config.embed_dim
     tokens = 1 + patches
-    block = tokens * (4 + 2 * config.mlp_ratio) * width**2 + 2 * tokens**2 * width
+    finish = (1 + 2 * config.mlp_ratio) * width**2  # of a token, once it has seen the others
+    block = tokens * (3 * width**2 + finish) + 2 * tokens**2 * width
     products = 1.0 * patches * config.in_chans * config.patch_size**2 * width
     extra = config.head_layers if masked and config.early_layer else 0
     products += (config.depth + extra) * block
     if masked:
         products += (2 if extra else 1) * masked * width * config.vocab_size
+        products -= (tokens - masked) * finish + ((patches - masked) * finish if extra else 0)
     else:
         products += width * config.num_classes
     return 2.0 * products

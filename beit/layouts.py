@@ -356,5 +356,5 @@ def _grid_of(
         return asked
     sizes = ", ".join(f"({h * patch}, {w * patch})" for h, w in possible[:6]) or "nothing"
     raise ValueError(
-        f"its {what} is of no square; beit.load's img_size=(height, width) must say which of {sizes}"
+        f"its {what} is of no square; img_size=(height, width) of beit.load must say which of {sizes}"
     )

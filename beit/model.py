@@ -177,6 +177,11 @@ def variant(name: str, others: Iterable[str] = ()) -> BeitConfig:
     raise ValueError(f"model {name!r} is not known; {hint}`beit models` lists models and sizes")
 
 
+Tokens = tuple[
+    Tensor, Tensor
+]  # M of them: number of the picture, and of the token in it; int64 (M,) each
+
+
 class PatchEmbed(nn.Module):
     """Cut the image into patches and project each to width D: (B, 3, H, W) -> (B, L, D), row by row."""
 
@@ -207,7 +212,7 @@ class Attention(nn.Module):
             self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, config.num_heads))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, at: Tokens | None = None) -> Tensor:
         batch, tokens, width = x.shape
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
@@ -219,7 +224,8 @@ class Attention(nn.Module):
             x = ((q * q.shape[-1] ** -0.5) @ k.mT + bias).softmax(dim=-1) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+        x = x.transpose(1, 2)  # (B, N, H, D/H)
+        return self.proj(x.reshape(batch, tokens, width) if at is None else x[at].flatten(1))
 
 
 class Mlp(nn.Module):
@@ -236,7 +242,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale and stochastic depth: (B, N, D) -> (B, N, D)."""
+    """Pre-norm transformer block with LayerScale and stochastic depth: (B, N, D) -> (B, N, D).
+
+    at: tokens whose states alone are wanted, (B, N, D) -> (M, D). They look at all others still.
+    """
 
     gamma_1: nn.Parameter | None
     gamma_2: nn.Parameter | None
@@ -253,16 +262,20 @@ class Block(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
             self.gamma_2 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        x = x + self.drop_path(_scaled(self.attn(self.norm1(x), bias), self.gamma_1))
-        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma_2))
+    def forward(self, x: Tensor, bias: Tensor | None, at: Tokens | None = None) -> Tensor:
+        batch = x.shape[0]
+        seen = self.attn(self.norm1(x), bias, at)
+        x = x if at is None else x[at]
+        x = x + self.drop_path(_scaled(seen, self.gamma_1), batch, at)
+        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma_2), batch, at)
 
-    def drop_path(self, x: Tensor) -> Tensor:
+    def drop_path(self, x: Tensor, batch: int | None = None, at: Tokens | None = None) -> Tensor:
         """Stochastic depth: in training, leave a branch out for some samples and scale up the rest."""
         if not self.training or self.drop_path_rate == 0.0:
             return x
         keep = 1.0 - self.drop_path_rate
-        kept = torch.floor(keep + torch.rand(x.shape[0], 1, 1, device=x.device))
+        kept = torch.floor(keep + torch.rand(batch or x.shape[0], 1, 1, device=x.device))
+        kept = kept if at is None else kept[at[0], 0]
         return x * (kept.to(x.dtype) / keep)
 
 
@@ -338,12 +351,17 @@ class Beit(nn.Module):
         return self.norm(self.layers(images, [self.config.depth], bool_masked_pos)[0])
 
     def layers(
-        self, images: Tensor, indices: Sequence[int], bool_masked_pos: Tensor | None = None
+        self,
+        images: Tensor,
+        indices: Sequence[int],
+        bool_masked_pos: Tensor | None = None,
+        at: Tokens | None = None,
     ) -> list[Tensor]:
         """The (B, 1 + L, D) states after chosen blocks, in the order asked for, without a norm.
 
         indices: 0 is the input of the first block, k the output of the k-th, `depth` the last;
         negative ones count from the end. Blocks after the largest are not run.
+        at: tokens that are wanted of the last block, whose states are then (M, D).
         """
         depth = self.config.depth
         wanted = [index + depth + 1 if index < 0 else index for index in indices]
@@ -355,7 +373,8 @@ class Beit(nn.Module):
         states = {0: x}
         biases = self.relative_position_biases(grid)
         for number in range(1, max(wanted, default=0) + 1):
-            x = self.run_block(self.blocks[number - 1], x, biases[number - 1] if biases else None)
+            bias = biases[number - 1] if biases else None
+            x = self.run_block(self.blocks[number - 1], x, bias, at if number == depth else None)
             if number in wanted:
                 states[number] = x
         return [states[index] for index in wanted]
@@ -364,30 +383,38 @@ class Beit(nn.Module):
         """Patches, some replaced by the mask token, behind the class token: (B, 1 + L, D)."""
         x = self.patch_embed(images)
         if bool_masked_pos is not None:
-            if self.mask_token is None:
-                raise ValueError(
-                    "this model has no mask token, so it cannot take bool_masked_pos; "
-                    "build it from config.for_pretraining()"
-                )
-            shape, flat = tuple(bool_masked_pos.shape), tuple(x.shape[:2])
-            fits = shape in (flat, (flat[0], *self.grid_of(images)))
-            if not fits or bool_masked_pos.dtype != torch.bool:
-                raise ValueError(
-                    f"bool_masked_pos is {bool_masked_pos.dtype} {shape}; "
-                    f"these images need torch.bool {flat} or {(flat[0], *self.grid_of(images))}"
-                )
-            masked = bool_masked_pos.flatten(1).to(x.device, non_blocking=True)
+            masked = self.flat_mask(images, bool_masked_pos).to(x.device, non_blocking=True)
+            assert self.mask_token is not None
             x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         if self.pos_embed is not None:
             x = x + self.positions(self.grid_of(images))
         return x
 
-    def run_block(self, block: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def flat_mask(self, images: Tensor, bool_masked_pos: Tensor) -> Tensor:
+        """A mask as (B, L) bool, where it is; or a ValueError that says what fits."""
+        if self.mask_token is None:
+            raise ValueError(
+                "this model has no mask token, so it cannot take bool_masked_pos; "
+                "build it from config.for_pretraining()"
+            )
+        h, w = self.grid_of(images)
+        allowed = (images.shape[0], h * w), (images.shape[0], h, w)
+        if tuple(bool_masked_pos.shape) not in allowed or bool_masked_pos.dtype != torch.bool:
+            raise ValueError(
+                f"bool_masked_pos is {bool_masked_pos.dtype} {tuple(bool_masked_pos.shape)}; "
+                f"these images need torch.bool {allowed[0]} or {allowed[1]}"
+            )
+        return bool_masked_pos.flatten(1)
+
+    def run_block(
+        self, block: nn.Module, x: Tensor, bias: Tensor | None, at: Tokens | None = None
+    ) -> Tensor:
         """One block, its activations computed anew in the backward pass where that was asked for."""
+        inputs = (x, bias) if at is None else (x, bias, at)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, bias, use_reentrant=False)
-        return block(x, bias)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def grid_of(self, images: Tensor) -> Grid:
         """The patch grid (h, w) of a batch of images, or a ValueError that says what fits."""
@@ -512,7 +539,11 @@ class BeitForMaskedImageModeling(Beit):
         Returns (M, V), one row for each masked patch of the batch, image by image and row by row;
         without a mask (B, L, V), all patches.
         """
-        return self.logits(super().forward(images, bool_masked_pos), bool_masked_pos)
+        if bool_masked_pos is None:
+            return self.logits(super().forward(images))
+        hidden = self._hidden(images, bool_masked_pos)
+        (states,) = self.layers(images, [self.config.depth], bool_masked_pos, hidden)
+        return self.lm_head(self.norm(states))
 
     def forward_aggregated(self, images: Tensor, bool_masked_pos: Tensor) -> tuple[Tensor, Tensor]:
         """v2's two sets of (M, V) logits: the usual ones, and those of the aggregated class token.
@@ -523,24 +554,27 @@ class BeitForMaskedImageModeling(Beit):
         config = self.config
         if not config.early_layer:
             raise ValueError("this model has no extra blocks; set early_layer (9 base, 21 large)")
-        early, last = self.layers(images, [config.early_layer, config.depth], bool_masked_pos)
+        batch, hidden = images.shape[0], self._hidden(images, bool_masked_pos)
+        pictures = torch.arange(batch, device=images.device)
+        at = torch.cat([pictures, hidden[0]]), torch.cat([torch.zeros_like(pictures), hidden[1]])
+        early, last = self.layers(images, [config.early_layer, config.depth], bool_masked_pos, at)
         biases = self.relative_position_biases(self.grid_of(images))
-        x = torch.cat([last[:, :1], early[:, 1:]], dim=1)
-        for block in self.cls_pt_layers:
+        x = torch.cat([last[:batch, None], early[:, 1:]], dim=1)
+        *others, final = self.cls_pt_layers
+        for block in others:
             x = self.run_block(block, x, biases[0] if biases else None)
-        return (
-            self.logits(self.norm(last), bool_masked_pos),
-            self.logits(self.norm(x), bool_masked_pos),
-        )
+        x = self.run_block(final, x, biases[0] if biases else None, hidden)
+        return self.lm_head(self.norm(last[batch:])), self.lm_head(self.norm(x))
 
-    def logits(self, tokens: Tensor, bool_masked_pos: Tensor | None) -> Tensor:
-        """Normalised tokens (B, 1 + L, D) -> (M, V) of the masked patches, or (B, L, V) of all."""
-        patches = tokens[:, 1:]
-        if bool_masked_pos is not None:
-            patches = masked_of(
-                patches, bool_masked_pos.flatten(1)
-            )  # (M, D): the head runs on these alone
-        return self.lm_head(patches)
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Normalised tokens (B, 1 + L, D) -> logits (B, L, V) of all patches."""
+        return self.lm_head(tokens[:, 1:])
+
+    def _hidden(self, images: Tensor, bool_masked_pos: Tensor) -> Tokens:
+        """The masked patches: the loss sees no others, so the last block need not finish them."""
+        pictures, patches = self.flat_mask(images, bool_masked_pos).nonzero(as_tuple=True)
+        device = self.cls_token.device
+        return pictures.to(device, non_blocking=True), (patches + 1).to(device, non_blocking=True)
 
 
 class BeitForImageClassification(Beit):

@@ -219,7 +219,7 @@ def test_a_folder_from_transformers_gives_the_logits_it_was_written_with() -> No
         expected = {key: file[key] for key in file.files}
     x = torch.from_numpy(expected["input"])
     mask = torch.from_numpy(expected["bool_masked_pos"])
-    every = model.logits(Beit.forward(model, x, mask), None)
+    every = model.logits(Beit.forward(model, x, mask))
     np.testing.assert_allclose(every.numpy(), expected["logits_all"], atol=1e-5)
 
 

@@ -104,13 +104,13 @@ def test_unilms_pretrained_files_give_their_logits(name: str, tmp_path: Path) ->
     assert isinstance(model, BeitForMaskedImageModeling)
     x, mask = torch.from_numpy(expected["input"]), torch.from_numpy(expected["bool_masked_pos"]).bool()
     np.testing.assert_allclose(model(x, mask).numpy(), expected["logits_masked"], atol=1e-5)
-    every = model.logits(Beit.forward(model, x, mask), None)
+    every = model.logits(Beit.forward(model, x, mask))
     np.testing.assert_allclose(every.numpy(), expected["logits_all"], atol=1e-5)
     if name.endswith("run"):
         beside = {"optimizer", "epoch", "scaler", "args"}
         assert beside <= model.load_report.ignored.keys()
     else:
-        every = model.double().logits(Beit.forward(model, x.double(), mask), None)
+        every = model.double().logits(Beit.forward(model, x.double(), mask))
         np.testing.assert_allclose(every.numpy(), expected["logits_all_f64"], atol=1e-10)
 
 
@@ -434,7 +434,7 @@ def test_transformers_folders_old_and_new_give_their_logits(name: str) -> None:
         return
     x, mask = torch.from_numpy(expected["input"]), torch.from_numpy(expected["bool_masked_pos"]).bool()
     np.testing.assert_allclose(model(x, mask).numpy(), expected["logits_masked"], atol=1e-5)
-    every = model.double().logits(Beit.forward(model, x.double(), mask), None)
+    every = model.double().logits(Beit.forward(model, x.double(), mask))
     # Its softmax is float32 in any case; an epsilon of 1e-6 would be 6.6e-6 off.
     np.testing.assert_allclose(every.numpy(), expected["logits_all_f64"], atol=5e-7)
 

@@ -121,7 +121,7 @@ def test_masked_model_outputs_are_those_of_the_original() -> None:
     logits = model(x, mask)
     close(logits, expected["logits_masked"], 1e-5)
     close(tokens, expected["features_norm"], 1e-5)
-    close(model.logits(tokens, None), expected["logits_all"], 1e-5)
+    close(model.logits(tokens), expected["logits_all"], 1e-5)
     close(model(x), expected["logits_all_no_mask"], 1e-5)
     labels = expected["labels"][mask]
     close(F.cross_entropy(logits, labels), expected["loss"], 1e-5)
@@ -990,3 +990,52 @@ def test_exported_model_takes_another_batch_size(kind: type[Beit]) -> None:
         for size in (1, 5):
             _, others = model_and_inputs(kind, size)
             close(program.module()(*others), model(*others), 1e-6)
+
+
+@pytest.mark.parametrize("early_layer", [0, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_block_at_the_masked_patches_is_all_of_it_and_a_choice(
+    early_layer: int, checkpointing: bool
+) -> None:
+    """Logits, gradients and what stochastic depth draws are those of a last block run on every token."""
+    config = BeitConfig(
+        img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, drop_path_rate=0.5
+    )
+    config = replace(config.for_pretraining(40), early_layer=early_layer)
+    torch.manual_seed(0)
+    model = BeitForMaskedImageModeling(config).double().train()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.gradient_checkpointing = checkpointing
+    images = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    mask = torch.rand(5, 16) < 0.4
+    mask[2] = False  # a picture of which nothing is hidden
+
+    def by_all() -> tuple[Tensor, ...]:
+        if not early_layer:
+            return (model.logits(Beit.forward(model, images, mask))[mask],)
+        early, last = model.layers(images, [early_layer, config.depth], mask)
+        (bias, *_) = model.relative_position_biases((4, 4))
+        x = torch.cat([last[:, :1], early[:, 1:]], dim=1)
+        for block in model.cls_pt_layers:
+            x = block(x, bias)
+        return tuple(model.logits(model.norm(each))[mask] for each in (last, x))
+
+    def by_some() -> tuple[Tensor, ...]:
+        return model.forward_aggregated(images, mask) if early_layer else (model(images, mask),)
+
+    found = []
+    for compute in (by_all, by_some):
+        torch.manual_seed(1)
+        model.zero_grad()
+        logits = compute()
+        torch.stack([each.square().mean() for each in logits]).sum().backward()
+        found.append(
+            (logits, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        )
+    (every, gradients), (some, our_gradients) = found
+    for one, other in zip(every, some, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-10, rtol=0)
+    assert gradients.keys() == our_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(our_gradients[name], gradient, atol=1e-10, rtol=1e-8, msg=name)

@@ -71,6 +71,12 @@ def convert(settings: Convert) -> None:
         dtype=torch.float32 if settings.fp32 else None,
     )
     print(f"{settings.source}: {model.load_report}", file=sys.stderr)
+    c = model.config
+    if settings.to == "unilm" and c.pooling == "cls" and type(model) is not Beit and not c.num_classes:
+        raise ValueError(
+            "unilm's file cannot say that features are those of the class token; keep the head, or write "
+            "another format"
+        )
     save(model, settings.out, {**model.provenance, **provenance}, settings.to)
     for loss in not_kept(model, settings.to):
         print(f"{settings.out}: not kept: {loss}", file=sys.stderr)
