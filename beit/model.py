@@ -84,6 +84,8 @@ class BeitConfig:
             raise ValueError(f"drop_path {self.drop_path_rate} is not from 0 to below 1; 0.1 is usual")
         if not 0 <= self.early_layer <= self.depth:
             raise ValueError(f"early_layer {self.early_layer} is not a block of depth {self.depth}")
+        if self.early_layer and self.head_layers < 1:
+            raise ValueError(f"head_layers {self.head_layers} must be 1 or more; 2 are usual")
         check_size(self.image_height_width, self.patch_size)
 
     @property
@@ -177,9 +179,8 @@ def variant(name: str, others: Iterable[str] = ()) -> BeitConfig:
     raise ValueError(f"model {name!r} is not known; {hint}`beit models` lists models and sizes")
 
 
-Tokens = tuple[
-    Tensor, Tensor
-]  # M of them: number of the picture, and of the token in it; int64 (M,) each
+# M tokens of a batch: the number of the picture and of the token in it, int64 (M,) each.
+Tokens = tuple[Tensor, Tensor]
 
 
 class PatchEmbed(nn.Module):
@@ -557,7 +558,11 @@ class BeitForMaskedImageModeling(Beit):
         batch, hidden = images.shape[0], self._hidden(images, bool_masked_pos)
         pictures = torch.arange(batch, device=images.device)
         at = torch.cat([pictures, hidden[0]]), torch.cat([torch.zeros_like(pictures), hidden[1]])
-        early, last = self.layers(images, [config.early_layer, config.depth], bool_masked_pos, at)
+        if config.early_layer == config.depth:  # its states are wanted whole
+            early = self.layers(images, [config.depth], bool_masked_pos)[0]
+            last = early[at]
+        else:
+            early, last = self.layers(images, [config.early_layer, config.depth], bool_masked_pos, at)
         biases = self.relative_position_biases(self.grid_of(images))
         x = torch.cat([last[:batch, None], early[:, 1:]], dim=1)
         *others, final = self.cls_pt_layers

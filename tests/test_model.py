@@ -713,6 +713,7 @@ def test_a_layer_that_does_not_exist_is_refused(index: int) -> None:
         ({"img_size": 230, "patch_size": 16}, "img_size 230 is not a multiple of.*use 224 or 240"),
         ({"img_size": (32, 36)}, "img_size 36 is not a multiple of patch_size 8; use 32 or 40"),
         ({"early_layer": 4}, "early_layer 4 is not a block of depth 3"),
+        ({"early_layer": 2, "head_layers": 0}, "head_layers 0 must be 1 or more; 2 are usual"),
     ],
 )
 def test_a_config_that_cannot_be_built_is_refused(wrong: dict[str, Any], words: str) -> None:
@@ -992,7 +993,7 @@ def test_exported_model_takes_another_batch_size(kind: type[Beit]) -> None:
             close(program.module()(*others), model(*others), 1e-6)
 
 
-@pytest.mark.parametrize("early_layer", [0, 2])
+@pytest.mark.parametrize("early_layer", [0, 2, 3])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_last_block_at_the_masked_patches_is_all_of_it_and_a_choice(
     early_layer: int, checkpointing: bool
