@@ -384,10 +384,10 @@ class Engine:
         self, images: Pictures, pooling: EmbedPooling = "mean", layer: int | None = None
     ) -> Iterator[Embedding]:
         """Features in the order of the pictures; pooling and layer as in `features.embed`."""
-        output = self._features(pooling, layer)
+        self._features(pooling, layer)  # refuses what is none, before it is asked
 
         def answers() -> Iterator[Embedding]:
-            compute = lambda batch: self._compute(output, batch)  # noqa: E731
+            compute = lambda batch: self.features_array(batch, pooling, layer)  # noqa: E731
             for name, row, ms in self._answers(images, compute):
                 if isinstance(row, BadImage):
                     yield Embedding(name, None, row.reason)
