@@ -146,6 +146,7 @@ class _Rows:
         self.text = bytearray()
         self.ends, self.root, self.start, self.size, self.label = (array("q") for _ in range(5))
         self.classes: dict[str, int] = {}
+        self.names: Sequence[str] | None = None  # of the classes that the labels number
 
     def add(
         self,
@@ -167,8 +168,23 @@ class _Rows:
             for column, value in zip((self.root, self.start, self.size), piece, strict=True):
                 column.append(value)
 
-    def listing(self, roots: Sequence[str], names: Sequence[str] | None = None) -> Listing:
-        """names: of the classes that the labels number. Without, classes are sorted, numbers by value."""
+    def named(self, names: Sequence[Sequence[str] | None]) -> _Rows:
+        """Itself, knowing the names of each root's classes, where its labels number them: in their order
+        where all roots have the same, else each row by its own."""
+        if all(other == names[0] for other in names):
+            self.names = names[0]
+            return self
+        texts, self.classes = list(self.classes), {}
+        for row, (root, label) in enumerate(zip(self.root, self.label, strict=True)):
+            if label >= 0:
+                text = _named(texts[label], names[root])
+                self.label[row] = self.classes.setdefault(text, len(self.classes))
+        return self
+
+    def listing(self, roots: Sequence[str]) -> Listing:
+        """What was added. Classes are in the order of their names, where they have some, else sorted,
+        numbers by value."""
+        names = self.names
         columns = (np.frombuffer(c, np.int64) for c in (self.ends, self.root, self.start, self.size))
         ends, root, start, size = (column if len(column) else _NO_NUMBERS for column in columns)
         text = np.frombuffer(self.text, np.uint8)
@@ -588,25 +604,22 @@ def list_tars(files: Sequence[str], workers: int = 0) -> Listing:
     """
 
     def make() -> tuple[Listing, list[str]]:
-        folder_of = [_beside(file, "") for file in files]
-        named = {folder: _class_names(folder) for folder in folder_of}
-        names, *others = named.values()
-        alike = all(other == names for other in others)
+        folders = [_beside(file, "") for file in files]
+        names = {folder: _class_names(folder) for folder in folders}
         rows = _Rows()
         shards = load_in_processes(lambda i: _tar_members(files[i]), range(len(files)), workers)
         for number, members in enumerate(shards):
             for name, label, start, size in members:
-                own = label if alike else _named(label, named[folder_of[number]])
-                rows.add(name, own, (number, start, size))
-        beside = [folder + name for folder in named for name in CLASS_FILES]
-        return rows.listing(files, names if alike else None), [*files, *beside]
+                rows.add(name, label, (number, start, size))
+        beside = [folder + name for folder in names for name in CLASS_FILES]
+        return rows.named([names[folder] for folder in folders]).listing(files), [*files, *beside]
 
     return _kept("tars " + "\n".join(files), make)
 
 
-def _named(label: str | None, names: Sequence[str] | None) -> str | None:
+def _named(label: str, names: Sequence[str] | None) -> str:
     """A label; the class's name of one that is a number, where names are known."""
-    if label is None or names is None or not label.isdecimal():
+    if names is None or not label.isdecimal():
         return label
     if int(label) >= len(names):
         raise ValueError(f"a label is {label}, beyond the last of {counted(len(names), 'named class')}")
@@ -701,10 +714,10 @@ def list_parquet(files: Sequence[str]) -> Listing:
 
     def make() -> tuple[Listing, list[str]]:
         rows, largest = _Rows(), 0
-        names, *others = [_open_parquet(file)[3] for file in files]
-        alike = all(other == names for other in others)
+        named: list[list[str] | None] = []
         for number, file in enumerate(files):
-            parquet, _, label, named = _open_parquet(file)
+            parquet, _, label, names = _open_parquet(file)
+            named.append(names)
             labels = parquet.read(columns=[label]).column(0).to_pylist() if label else None
             row = 0
             for group in range(parquet.num_row_groups):
@@ -713,9 +726,7 @@ def list_parquet(files: Sequence[str]) -> Listing:
                 for place in range(about.num_rows):
                     value = labels[row] if labels else None
                     unknown = value is None or value == -1  # a test set's
-                    said = None if unknown else str(value)
-                    own = said if alike else _named(said, named)
-                    rows.add(f"row {row}", own, (number, group, place))
+                    rows.add(f"row {row}", None if unknown else str(value), (number, group, place))
                     row += 1
         if largest > 64_000_000:
             print(
@@ -723,7 +734,7 @@ def list_parquet(files: Sequence[str]) -> Listing:
                 "`beit shard` makes shards of it that read faster",
                 file=sys.stderr,
             )
-        return rows.listing(files, names if alike else None), list(files)
+        return rows.named(named).listing(files), list(files)
 
     return _kept("parquet " + "\n".join(files), make)
 

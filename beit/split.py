@@ -207,7 +207,7 @@ def hold_out(labels: np.ndarray, groups: np.ndarray, share: float, seed: int) ->
     _, begins = np.unique(groups[order], return_index=True)
     members = np.split(order, begins[1:])
     label_of = np.array([labels[group[0]] for group in members])
-    _, held = np.unique(np.stack([groups, labels]), axis=1)[:, :]
+    _, held = np.unique(np.stack([groups, labels]), axis=1)
     left = np.bincount(held)  # groups that have the label, of those not chosen
     for label in np.unique(label_of):
         own = np.flatnonzero(label_of == label)

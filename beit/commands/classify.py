@@ -226,9 +226,8 @@ def rows_kept(out: Path, about: dict[str, Any]) -> int:
         stream.seek(len(first))
         kept, end = 0, stream.tell()
         for number, line in enumerate(iter(stream.readline, b""), 1):
-            if not (
-                line.startswith(b'{"path":') and line.endswith(b"}\n")
-            ):  # cut, or lost with the power
+            whole = line.startswith(b'{"path":') and line.endswith(b"}\n")
+            if not whole:  # cut, or lost with the power
                 break
             if number % about["batch_size"] == 0:  # batches that begin elsewhere round elsewhere
                 kept, end = number, stream.tell()

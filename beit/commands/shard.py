@@ -132,11 +132,10 @@ def begin(
         for column in (source.paths.text, source.paths.ends, source.labels):
             digest.update(np.ascontiguousarray(column).data)
         digest.update("\n".join(source.classes).encode(errors="surrogateescape"))
-        for index in np.linspace(0, len(source) - 1, GLIMPSES).astype(
-            int
-        ):  # names may be 1.jpg, 2.jpg ...
+        some = np.linspace(0, len(source) - 1, GLIMPSES).astype(int)  # names may be 1.jpg, 2.jpg ...
+        for index in some.tolist():
             with suppress(BadImage):
-                digest.update(source.paths.glimpse(int(index)))
+                digest.update(source.paths.glimpse(index))
     about = {
         "short_side": settings.short_side,
         "quality": settings.quality,
