@@ -184,9 +184,8 @@ def main() -> None:
     """Run one command and exit with its code. BEIT_DEBUG=1 shows where an error came from."""
     keep_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a name may hold what a terminal has no letter for
+        # A name may hold what the terminal has no letter for.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if "OMP_WAIT_POLICY" not in os.environ:
         # Turns that torch's threads wait for each other before they sleep. With the library's own 300,000
         # they keep a busy machine's processors from each other: two trainings took three times as long.

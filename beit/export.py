@@ -140,7 +140,7 @@ def export(
         " x ".join(map(str, size)) for size in (model.image_spec.size, model.config.image_height_width)
     )
     if prepared != own:
-        raise ValueError(
+        raise GraphError(
             f"its pictures are prepared at {prepared} and the model is of {own}; load it with one img_size "
             "for both (--img-size)"
         )

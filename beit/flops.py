@@ -37,7 +37,9 @@ def forward_flops(config: BeitConfig, masked: float = 0.0) -> float:
     products += (config.depth + extra) * block
     if masked:
         products += (2 if extra else 1) * masked * width * config.vocab_size
-        products -= (tokens - masked) * finish + ((patches - masked) * finish if extra else 0)
+        products -= (tokens - masked) * finish
+        if extra and config.early_layer < config.depth:  # its class token is finished as well
+            products -= (patches - masked) * finish
     else:
         products += width * config.num_classes
     return 2.0 * products

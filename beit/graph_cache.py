@@ -33,9 +33,9 @@ def graph_folder() -> Path:
 
 
 def forget_old_graphs(new: Path) -> None:
-    """Delete the graphs longest unused while all take more than KEPT_BYTES, but `new`.
+    """Delete what killed exports have left, and graphs while all take more than KEPT_BYTES.
 
-    And what killed exports have left.
+    The longest unused go first; `new` stays.
     """
     for left in graph_folder().glob(".*"):
         if left.is_dir() and time.time() - left.stat().st_mtime > LEFT_S:

@@ -35,6 +35,7 @@ SUFFIX_OF = {runtime: suffix for suffix, runtime in RUNTIME_OF.items()}
 # runtime: the extra that installs it, and the module that shows that it is there.
 EXTRAS = {"openvino": ("openvino", "openvino"), "onnx": ("onnx", "onnxruntime")}
 KEY = "beit"  # of the JSON text in the file
+MOST_TOLD = 32_000_000  # bytes of it; 22,000 names of classes are under one million
 TRUST = "BEIT_TRUST_PT2"  # in the environment
 
 
@@ -167,10 +168,11 @@ def about_of(file: Path) -> About:
         return open_graph(file).about
     try:
         with zipfile.ZipFile(file) as archive:
-            name = next((n for n in archive.namelist() if n.endswith(f"/extra/{KEY}.json")), None)
-            text = archive.read(name) if name else b""
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise GraphError(f"{file} is no torch.export file ({error})") from None
+            told = (m for m in archive.infolist() if m.filename.endswith(f"/extra/{KEY}.json"))
+            member = next((m for m in told if m.file_size <= MOST_TOLD), None)
+            text = archive.read(member) if member else b""
+    except Exception as error:  # of a damaged archive it raises what zip and zlib raise
+        raise GraphError(f"{file} is no torch.export file ({_last_line(error)})") from None
     if not text:
         raise GraphError(_foreign(file))
     return About.of_json(text.decode(errors="replace"), file)

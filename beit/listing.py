@@ -502,28 +502,30 @@ def list_text(file: str) -> Listing:
 def _with_members(listing: Listing, file: str) -> tuple[Listing, list[str]]:
     """A list, whose pictures may lie in shards, as s/0.tar/dogs/1.jpg; and the files it was made from."""
     places = listing.places
-    if not (b".tar/" in places.text.tobytes() or b".parquet/" in places.text.tobytes()):
+    text = places.text.tobytes()
+    if b".tar/" not in text and b".parquet/" not in text:
         return listing, [file]
-    begins = [0, *places.ends[:-1].tolist()]
-    shards: dict[str, tuple[int, dict[str, int], Places]] = {}  # number of the root, members by name
-    rows = _Rows()
-    for begin, end in zip(begins, places.ends.tolist(), strict=True):
-        name = os.fsdecode(places.text[begin:end].tobytes())
+    rows, roots, held = _Rows(), [places.roots[0]], {}
+    begin = 0
+    for end in places.ends.tolist():
+        name, begin = os.fsdecode(text[begin:end]), end
         match = re.match(r"(.*?\.(?:tar|parquet))/(.+)", name)
-        shard = _join(places.roots[0], match[1]) if match else ""
-        if match is None or not (shard in shards or (exists(shard) and not is_folder(shard))):
-            rows.add(name, None, (0, 0, 0))
-            continue
-        if shard not in shards:
-            held = (list_parquet if is_parquet(shard) else list_tars)([shard]).places
-            numbers = {held.name(i)[len(shard) + 1 :]: i for i in range(len(held))}
-            shards[shard] = len(shards) + 1, numbers, held
-        root, numbers, held = shards[shard]
-        place = numbers.get(match[2])
-        piece = (0, 0, 0) if place is None else (root, int(held.start[place]), int(held.size[place]))
-        rows.add(name if place is None else match[2], None, piece)
-    found = rows.listing([places.roots[0], *shards]).places
-    return replace(listing, places=found), [file, *shards]
+        shard = _join(roots[0], match[1]) if match else ""
+        if match and shard not in held:
+            held[shard] = _pieces(shard, len(roots))
+            roots += [shard] if held[shard] else []
+        piece = held[shard].get(match[2]) if match else None
+        rows.add(match[2] if match and piece else name, None, piece or (0, 0, 0))
+    return replace(listing, places=rows.listing(roots).places), [file, *held]
+
+
+def _pieces(shard: str, root: int) -> dict[str, tuple[int, int, int]]:
+    """(root, start, size) of the pictures in a shard, by their names there; none where it is no file."""
+    if not exists(shard) or is_folder(shard):
+        return {}
+    places = (list_parquet if is_parquet(shard) else list_tars)([shard]).places
+    pieces = zip(places.start.tolist(), places.size.tolist(), strict=True)
+    return {places.name(i)[len(shard) + 1 :]: (root, *piece) for i, piece in enumerate(pieces)}
 
 
 def list_csv(file: str, labelled: bool, split: str = "") -> Listing:

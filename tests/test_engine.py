@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import shutil
 import time
 import weakref
 from collections.abc import Iterator
@@ -711,6 +712,27 @@ def test_a_missing_runtime_is_named_and_auto_does_without(
     engine = Engine(folder)
     assert engine.runtime == "torch"
     assert 'pip install "beit[openvino]" may be faster' in engine.why
+
+
+def test_auto_takes_torch_for_a_model_whose_pictures_are_prepared_at_another_size(
+    folder: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import beit.torch_model
+
+    monkeypatch.setattr(beit.torch_model, "SMALL_FLOPS", 0)
+    monkeypatch.setattr(beit.engine, "kept_choice", lambda *_: None)
+    monkeypatch.setattr(beit.engine, "keep_choice", lambda *_: None)
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config.pop("beit")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    processor = tmp_path / "m" / "preprocessor_config.json"
+    content = json.loads(processor.read_text())
+    processor.write_text(json.dumps({**content, "size": 48, "do_center_crop": False}))
+    engine = Engine(tmp_path / "m", precision="fp32")
+    assert engine.runtime == "torch"
+    assert "prepared at 48 x 48 and the model is of 32 x 32" in engine.why
+    assert next(engine.classify(files[0])).error is None
 
 
 def test_whoever_asks_for_all_layers_holds_few_graphs(

@@ -40,8 +40,9 @@ def test_guessing_tokens_costs_what_torch_counts(masked: int) -> None:
 
 
 @pytest.mark.parametrize("masked", [1, 9])
-def test_patch_aggregation_costs_what_torch_counts(masked: int) -> None:
-    config = replace(SMALL.for_pretraining(50), early_layer=2)
+@pytest.mark.parametrize("early_layer", [2, 3])
+def test_patch_aggregation_costs_what_torch_counts(masked: int, early_layer: int) -> None:
+    config = replace(SMALL.for_pretraining(50), early_layer=early_layer)
     model = BeitForMaskedImageModeling(config).eval()
     mask = torch.zeros(1, 4, 6, dtype=torch.bool)
     mask.view(-1)[:masked] = True

@@ -763,6 +763,16 @@ def test_a_list_may_name_pictures_in_shards(tmp_path: Path) -> None:
     assert shown(open_source(tmp_path / "list.txt")) == [1]
 
 
+def test_a_kept_list_sees_a_shard_that_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beit.listing, "WORTH_KEEPING_S", 0.0)
+    monkeypatch.setattr(beit.listing, "UNSETTLED_S", -10.0)
+    (tmp_path / "list.txt").write_text("x.tar/a.png\n")
+    with pytest.raises(BadImage, match=r"x\.tar/a\.png: no such file"):
+        open_source(tmp_path / "list.txt").read(0)
+    write_tar(tmp_path / "x.tar", {"a.png": png(7)})
+    assert shown(open_source(tmp_path / "list.txt")) == [7]
+
+
 def test_a_list_names_pictures_in_parquet_as_well(tmp_path: Path) -> None:
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pa.table({"image": [png(i) for i in range(6)]}), tmp_path / "a.parquet")

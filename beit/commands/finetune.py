@@ -191,8 +191,9 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
     knows = start is not None and data.val is not None and knows_some(start.provenance, hashes)
     if knows:
         distributed.say(
-            f"{settings.model} has learned from these pictures, and others are held out now, of which it "
-            "knows some: their accuracy is too good. The same --seed and --val-share hold out the same"
+            f"{settings.model}, or what it was begun from, has learned from some of the pictures that are "
+            "held out now: their accuracy is too good. Begin from a model that has not, or with the --seed "
+            "and --val-share of the first training"
         )
     model = starting_model(settings, start, data.classes).to(device)
     run = Run(out, settings, settings.overwrite)
@@ -259,9 +260,11 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
 
 
 def knows_some(provenance: Mapping[str, Any], hashes: Mapping[str, str]) -> bool:
-    """Whether a model was fine-tuned on the same pictures, of which others were held out then."""
+    """Whether a model was fine-tuned on the same pictures, of which others were held out then, or was
+    begun from such a one."""
     same = provenance.get("data_hash") == hashes["data_hash"]
-    return same and provenance.get("train_hash") != hashes["train_hash"]
+    others = provenance.get("train_hash") != hashes["train_hash"]
+    return same and (others or bool(provenance.get("start_knew_val")))
 
 
 # What only a training has, not a head on frozen features.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -122,6 +123,18 @@ def test_what_is_no_model_ends_in_code_5(cli: Cli, tmp_path: Path) -> None:
         code, out, err = cli("info", source)
         assert (code, out) == (5, "")
         assert source.name in err
+
+
+def test_a_damaged_pt2_is_named(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "a.pt2"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/extra/beit.json", "x" * 10_000)
+    content = bytearray(file.read_bytes())
+    content[50:70] = b"\xff" * 20
+    file.write_bytes(content)
+    code, out, err = cli("info", file)
+    assert (code, out) == (5, "")
+    assert "a.pt2 is no torch.export file" in err
 
 
 def test_the_names_of_classes_give_no_orders_to_a_terminal(cli: Cli, tmp_path: Path) -> None:
