@@ -10,6 +10,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 .PHONY: demo test check bench chaos chaos-embed soak clean
 .DELETE_ON_ERROR:
@@ -20,8 +21,8 @@ demo: .venv/installed
 # A process a core, one thread each: two that share threads wait for each other. Parts and commands apart: the
 # second run begins with as little memory in use as a user's command does.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 --ignore tests/commands
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 tests/commands
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_TWO) --ignore tests/commands
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_TWO) tests/commands
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ARMS = ("scratch", "dvae-blocks", "dvae-random", "vqkd-blocks", "pixels-blocks")
+ARMS = (
+    "scratch", "dvae-blocks", "dvae-random", "vqkd-blocks", "vqkd-random", "pixels-blocks", "pixels-random",
+)  # fmt: skip
 
 
 def tuned(seed: Path, arm: str) -> float | None:
@@ -56,7 +58,8 @@ def main() -> None:
             cell(seeds, lambda seed, arm=arm: probed(seed, arm, "linear", True)),  # type: ignore[misc]
             cell(seeds, lambda seed, arm=arm: probed(seed, arm, "knn")),  # type: ignore[misc]
         ]
-        print(f"| {arm} | {' | '.join(cells)} |")
+        if any(number != "-" for number in cells):
+            print(f"| {arm} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

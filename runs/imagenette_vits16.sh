@@ -35,6 +35,13 @@ pretrain() {  # name, tokenizer, epochs
         --statistics imagenet --probe-data "$data" --workers "$workers"
 }
 
+for arm in $arms; do
+    case $arm in
+    one | two) ;;
+    *) echo "ARMS is '$arms'; it takes one, two, or both" >&2; exit 2 ;;
+    esac
+done
+
 mkdir -p "$out"
 for arm in $arms; do
     case $arm in
@@ -50,7 +57,6 @@ for arm in $arms; do
         vqkd two-vqkd "$out/two-first" $((tokenizer_steps - half_steps))
         pretrain two "$out/two-vqkd" $((epochs - half))
         ;;
-    *) echo "ARMS is '$arms'; it takes one, two, or both" >&2; exit 2 ;;
     esac
     [ -e "$out/$arm.probe.json" ] ||
         "$beit" probe "$data" --model "$out/$arm" --layers all --kinds linear,knn -o "$out/$arm.probe.json"

@@ -148,6 +148,16 @@ def real_weights() -> Callable[[str], Path]:
 NO_WEIGHTS = "no weights in $BEIT_WEIGHTS"
 
 
+# Minutes each: begun first, so that no process of `make test` is left alone with one at the end.
+LONG = ("test_torchrun", "test_runs", "test_finetune", "test_stop", "test_other_device", "test_demo",
+        "test_export", "test_readme", "test_distributed", "test_engine")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order in which files are given out."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What the released files would have shown is not passed over in silence."""
     skipped = terminalreporter.getreports("skipped")
