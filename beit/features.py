@@ -160,6 +160,8 @@ class BeitFeatures:
         model: object = self.model
         if not isinstance(model, Beit):
             raise ValueError(f"model {model!r} is not a loaded one: BeitFeatures(beit.load({model!r}))")
+        if not len(X):
+            raise ValueError("no pictures to take features of; give a list of one or more")
         layer = default_layer(self.model.config.depth) if self.layer is None else self.layer
         chunks = (X[begin : begin + self.batch_size] for begin in range(0, len(X), self.batch_size))
         batches = (

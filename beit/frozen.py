@@ -118,11 +118,13 @@ def features_of(
     precision: Precision,
     workers: int,
     chosen: np.ndarray | None = None,
+    told: set[str] | None = None,
 ) -> Features:
     """What a head on each of the layers would get, for the pictures of a source or some, by number (m,).
 
-    Those that cannot be read are named on stderr; ValueError where none can.
+    Those that cannot be read are named on stderr, once where `told` keeps them; ValueError where none can.
     """
+    told = set() if told is None else told
     numbers = np.arange(len(source)) if chosen is None else chosen
     kept: list[int] = []
 
@@ -136,7 +138,9 @@ def features_of(
                 try:
                     good.append((number, preprocess(source.read(number), model.image_spec)))
                 except BadImage as error:
-                    print(f"left out: {error}", file=sys.stderr)
+                    if str(error) not in told:
+                        told.add(str(error))
+                        print(f"left out: {error}", file=sys.stderr)
             return good
 
         for good in load_ahead(prepare, range(len(chunks)), max(1, workers)):

@@ -754,7 +754,8 @@ def _open_parquet(file: str) -> tuple[Any, str, str | None, list[str] | None]:
         raise ValueError(f"{file} is not a Parquet file ({error})") from error
     schema = parquet.schema_arrow
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = about.get("info", {}).get("features", {})
+    told = (about.get("info") or {}).get("features") or {}
+    features = {name: kind for name, kind in told.items() if isinstance(kind, dict)}  # no lists
 
     def bytes_of(name: str) -> str | None:
         kind = schema.field(name).type

@@ -100,6 +100,8 @@ def _check(
 ) -> None:
     height, width = grid
     patches, largest = height * width, (height - 1) * (width - 1)
+    if patches < 2:
+        raise ValueError("a picture of one patch leaves nothing to guess it from; use larger pictures")
     if not 0 < num_masked < patches:
         raise ValueError(
             f"cannot mask {num_masked} of the {patches} patches of a {height} x {width} grid; "

@@ -15,6 +15,7 @@ Share = Annotated[float, Parameter(validator=Number(gte=0, lte=1))]  # [0, 1]
 BelowOne = Annotated[float, Parameter(validator=Number(gte=0, lt=1))]  # [0, 1)
 AboveZero = Annotated[float, Parameter(validator=Number(gt=0, lte=1))]  # (0, 1]
 NotNegative = Annotated[float, Parameter(validator=Number(gte=0, lt=float("inf")))]  # [0, inf)
+Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]  # [0, 2^63)
 Magnitude = Annotated[float, Parameter(validator=Number(gte=0, lte=10))]  # RandAugment's
 
 

@@ -3,7 +3,7 @@
     run.toml          the settings, with the command's name
     resolved.toml     what they came to here, and what pictures and weights it works from
     metrics.jsonl     one JSON object a logged step
-    checkpoints/      step-00000100/: model, optimizer, ema .safetensors, state.json, SHA256SUMS
+    checkpoints/      step-00000100/: model, optimizer, ema, tally .safetensors, state.json, SHA256SUMS
     nonfinite/        the first batch whose loss or gradients were not finite, to look at
     config.json, model.safetensors, ...   the finished model, which -m/--model takes
 
@@ -36,7 +36,14 @@ from beit.folder_lock import hold
 from beit.optim import EMA
 from beit.plural import counted
 from beit.progress import Pace, Progress
-from beit.settings import RunError, check_same, describe_settings, is_in_use, to_toml
+from beit.settings import (
+    RunError,
+    check_same,
+    check_spared,
+    describe_settings,
+    is_in_use,
+    to_toml,
+)
 from beit.snapshots import (
     Tensors,
     bytes_of,
@@ -53,6 +60,7 @@ from beit.snapshots import (
 )
 from beit.stop import Stopped as Stopped
 from beit.stop import stop_signals
+from beit.tally import Tally
 from beit.training import OptimizerWatch, Training
 
 if sys.version_info >= (3, 11):
@@ -64,6 +72,7 @@ T = TypeVar("T")
 # What a checkpoint gives whose bytes are not those that were written; of other errors a disk may recover.
 PROVEN_WRONG = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 SAVE_AFTER_S = 900.0  # a kill or a power cut costs no more, however long a step takes
+LOOK_SAVES_AFTER_S = 60.0  # what goes before a look that may take long
 
 
 class NotFinite(Exception):
@@ -100,12 +109,11 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._lock = hold(self.out)
+            begins = not is_in_use(self.out)
             if overwrite and file.exists():
-                for path in self.out.iterdir():  # the settings last, so that half of it is still a run
-                    if path != file:
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-                file.unlink()
-            if is_in_use(self.out):
+                self._empty(self.out)  # the settings stay, so that half of it is still a run
+                begins = True
+            if not begins:
                 for moved in check_same(self.out, settings):
                     print(f"{self.out.name}: {moved}", file=sys.stderr)
             else:
@@ -115,6 +123,16 @@ class Run:
             raise CannotWrite(
                 f"cannot write the run folder {self.out}: {error.strerror or error}; choose another --out"
             ) from error
+
+    def _empty(self, folder: Path) -> None:
+        """Remove all but the settings, and a link that puts the checkpoints on another disk."""
+        for path in folder.iterdir():
+            if path == self.checkpoints and path.is_symlink() and path.is_dir():
+                self._empty(path)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != self.out / "run.toml":
+                path.unlink()
 
     def begin(self, same: Mapping[str, Any], told: Mapping[str, Any]) -> None:
         """Keep what the settings came to, or hold it against what a run that goes on began with.
@@ -182,7 +200,7 @@ class Run:
         except OSError as error:
             raise CannotWrite(f"cannot write {self.metrics_file}: {error}") from error
         for key, value in line.items() if self._board else ():
-            if isinstance(value, float):
+            if isinstance(value, (int, float)) and key != "step":
                 self._board.add_scalar(key, value, step)
 
     @contextmanager
@@ -324,6 +342,7 @@ class Run:
         seed: int,
         *,
         ema: EMA | None = None,
+        tally: Tally | None = None,
         keep_last: int = 2,
         keep_every: int = 0,
         look_every: int = 0,
@@ -339,10 +358,11 @@ class Run:
         batches: gives the batches of a range of steps. Each step starts from torch's seed for that
         step, so a resumed run draws what an unbroken one draws.
         ema: averaged after each of the optimiser's steps, and saved.
+        tally: saved; what a step adds is there before the optimiser's step.
         save_every: steps between checkpoints; a quarter of an hour after the last there is one as well.
         keep_last, keep_every: the newest checkpoints that stay, and those of every so many steps.
-        look_every: steps between looks that may take long. A sharded run saves before each: its parts
-        cannot meet in one.
+        look_every: steps between looks that may take long. Before one there is a checkpoint where the last
+        is a minute old; of a sharded run always, as its parts cannot meet in one.
         max_skipped: updates in a row that `optim.update` may leave out. Then, or where a checkpoint
         would not be finite, the run goes back to the last one; the second time it passes over the batches
         it met there, the third time it raises NotFinite.
@@ -352,7 +372,7 @@ class Run:
         Raises Stopped, having saved, where a stop signal asked for it; a step of more than 5 s is left
         to another thread's saving, and the process ends. CannotWrite where the disk is full.
         """
-        training = self._training = Training(model, optimizer, ema)
+        training = self._training = Training(model, optimizer, ema, tally)
         self.resume(training)
         if tensorboard and distributed.is_main():
             self._board = open_board(self.out / "tensorboard", training.step)
@@ -379,6 +399,8 @@ class Run:
                 elif training.is_finite_here() and not training.is_sharded:
                     files = training.tensors()
                     files["model.safetensors"] |= watch.buffers
+                    if watch.tallied:
+                        files["tally.safetensors"] = watch.tallied
                     try:
                         self._write(training, files, keep_last, keep_every)
                         what = stopped_at(training.step, total, self._again)
@@ -409,9 +431,14 @@ class Run:
                     training.step = step + 1
                     progress.update(training.step, self.latest)
                     saving = any(training.step % steps == 0 for steps in saves_at)
-                    long_ago = time.monotonic() - saved > SAVE_AFTER_S
+                    looks = bool(look_every) and training.step % look_every == 0
+                    most_s = LOOK_SAVES_AFTER_S if looks else SAVE_AFTER_S
                     stopping, due, bad = watch.agree(
-                        bool(stop), long_ago, (step, batch), wait=saving, most=max_skipped
+                        bool(stop),
+                        time.monotonic() - saved > most_s,
+                        (step, batch),
+                        wait=saving or looks,
+                        most=max_skipped,
                     )
                     if bad is not None:
                         self._capture(training, bad[0], bad[1], seed)
@@ -459,7 +486,7 @@ class Run:
         newest = distributed.on_main(self._newest)
         step, failed_at = -1 if newest is None else step_of(newest), training.step
         why = f"{training.in_a_row} updates in a row were not finite"
-        if not training.in_a_row:
+        if training.in_a_row < 2:
             why = "weights or moments are not finite"
         if step < 0 or tried.count(step) == 2:
             and_so = (
@@ -528,13 +555,15 @@ def stopped_at(step: int, total: int, again: str) -> str:
 def check_folder(out: Path, settings: Any, overwrite: bool) -> None:
     """Refuse a folder that `Run` would refuse, before any work. All processes call it.
 
-    Settings that may be chosen later, being None, are not compared. Raises RunError.
+    And one that holds what the command reads, if it would be emptied. Settings that may be chosen later,
+    being None, are not compared. Raises RunError.
     """
     overwrite = overwrite and not distributed.begun_anew()
 
     def check() -> None:
-        begins_again = overwrite and (out / "run.toml").exists()
-        if out.is_dir() and is_in_use(out) and not begins_again:
+        if overwrite and (out / "run.toml").exists():
+            check_spared(out, settings)
+        elif out.is_dir() and is_in_use(out):
             check_same(out, settings, complete=False)
 
     distributed.on_main(check)

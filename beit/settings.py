@@ -20,8 +20,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# Settings of how a run is carried out, which change what it computes by rounding at most (parts of a dVAE's
-# step by the age of its codes): they may differ on resume.
+# Settings of how a run is carried out, not of what it learns: they may differ on resume. They change what
+# it computes by rounding, and, where a step is divided or compiled otherwise, which paths stochastic depth
+# drops (parts of a dVAE's step also by the age of its codes).
 FREE_SETTINGS = {
     "out", "overwrite", "workers", "device", "log_every", "save_every", "keep_last",
     "keep_every", "device_batch_size", "shard", "gradient_checkpointing", "compile", "tensorboard",
@@ -105,6 +106,21 @@ def is_in_use(out: Path) -> bool:
     return any(not path.name.startswith(".run.toml.") for path in out.iterdir())
 
 
+def check_spared(out: Path, settings: Any) -> None:
+    """Refuse to begin again in a folder that holds what the command reads. Raises RunError."""
+    folder = out.resolve()
+    for key, value in vars(settings).items():
+        if key == "out" or not isinstance(value, (str, Path)):
+            continue
+        place = Path(value)
+        there = place.exists() or "*" in str(value)
+        if there and folder in (place.resolve(), *place.resolve().parents):
+            raise RunError(
+                f"--overwrite would delete {value}, which this command reads, with all that is in {out}; "
+                "choose another --out"
+            )
+
+
 def check_same(out: Path, settings: Any, complete: bool = True) -> list[str]:
     """Hold settings against those that a folder's run has; returns, in words, which paths have moved.
 
@@ -123,10 +139,10 @@ def check_same(out: Path, settings: Any, complete: bool = True) -> list[str]:
             f"{out} holds a run of beit {as_typed(before.get('command'))}, and this is beit "
             f"{as_typed(now['command'])}; choose another --out, or give --overwrite to begin again"
         )
-    paths = {key for key, value in vars(settings).items() if isinstance(value, Path)}
     resolved = out / "resolved.toml"
     known = tomllib.loads(resolved.read_text(encoding="utf-8")) if resolved.exists() else {}
-    moved = {key for key in paths if f"{key}_hash" in known}  # `begin` compares what lies there
+    moved = {key for key in now if f"{key}_hash" in known}  # `begin` compares what lies there
+    paths = moved | {key for key, value in vars(settings).items() if isinstance(value, Path)}
     changed = {
         key: f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys() if complete else before.keys() & now.keys())

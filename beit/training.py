@@ -1,4 +1,4 @@
-"""What a run trains and its checkpoints hold: a model, its optimiser, its average; and when to read them.
+"""What a run trains and its checkpoints hold: a model, optimiser, average and tally; and when to read them.
 
 Weights change in the optimiser's step. `OptimizerWatch` stands on both sides of it, so that another thread
 may save them, and counts the updates that `optim.update` left out for not being finite.
@@ -17,17 +17,20 @@ from torch import Tensor, nn
 
 from beit import distributed
 from beit.optim import EMA
+from beit.settings import RunError
+from beit.tally import Tally
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass
 class Training:
-    """What a checkpoint holds: a model, its optimiser, its average, and how far they are."""
+    """What a checkpoint holds: a model, its optimiser, its average, a tally, and how far they are."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None = None
     ema: EMA | None = None
+    tally: Tally | None = None
     step: int = 0  # finished
     skipped: int = 0  # updates that were left out, being not finite
     in_a_row: int = 0  # of them, up to now
@@ -41,6 +44,8 @@ class Training:
             files["optimizer.safetensors"] = optimizer_tensors(self.model, self.optimizer)
         if self.ema is not None:
             files["ema.safetensors"] = self.ema.tensors
+        if self.tally is not None:
+            files["tally.safetensors"] = dict(self.tally.state_dict())
         return files
 
     def counters(self) -> dict[str, int]:
@@ -53,8 +58,16 @@ class Training:
         mine = {"model.safetensors": self.model.state_dict()}
         if self.ema is not None:
             mine["ema.safetensors"] = self.ema.tensors
+        if self.tally is not None:
+            self.tally.clear()
+            if "tally.safetensors" in files:  # older checkpoints have none
+                mine["tally.safetensors"] = self.tally.state_dict()
         for file, tensors in mine.items():
-            assert tensors.keys() == files[file].keys(), f"{file} holds other tensors"
+            if tensors.keys() != files[file].keys():
+                raise RunError(
+                    f"the {file} of the checkpoint holds other tensors than are trained here: another "
+                    "version of beit wrote it. Go on with that one, or give --overwrite to begin again"
+                )
             for name, tensor in tensors.items():  # one by one, so never the whole of a sharded model
                 tensor.copy_(distributed.spread(files[file][name], tensor))
         if self.optimizer is not None:
@@ -93,6 +106,7 @@ class OptimizerWatch:
         # What the optimiser does not move, as it was after the last finished step: a forward pass may
         # change buffers, and codebooks are parameters without a gradient.
         self.buffers: dict[str, Tensor] = {}
+        self.tallied: dict[str, Tensor] = {}
         self.versions: dict[str, int] = {}
         self.skipped = torch.zeros((), device=device)
         self.waiting: deque[tuple[Any, Tensor, torch.cuda.Event | None]] = deque()
@@ -129,6 +143,8 @@ class OptimizerWatch:
         self.waiting.clear()
 
     def _keep_buffers(self) -> None:
+        if self.training.tally is not None:
+            self.tallied = {k: t.clone() for k, t in self.training.tally.state_dict().items()}
         if self.buffer_names:
             state = self.training.model.state_dict()
             for name in self.buffer_names:

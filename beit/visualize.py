@@ -17,7 +17,10 @@ from torch import Tensor
 
 GREY = 127  # what a masked patch looks like
 GREEN, RED = (5, 150, 105), (220, 38, 38)
-COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
+COLOURS = (
+    "#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#4d7c0f", "#92400e",
+    "#475569", "#a21caf", "#0f766e",
+)  # fmt: skip
 MOST_POINTS = 1000  # of a curve: twice the pixels that it is drawn on
 
 
@@ -111,7 +114,10 @@ def line_chart(
     lines: dict[str, list[tuple[float, float]]], x_label: str, y_label: str, width: int = 460
 ) -> str:
     """Curves as an SVG element: {name: [(x, y), ...]}, points that are not finite left out."""
-    height, left, bottom, top, right = round(width * 0.56), 60, 40, 30, 16
+    left, bottom, right = 60, 40, 16
+    in_a_row = max(1, (width - left) // 130)  # names above the picture
+    names = 18 * ((len(lines) - 1) // in_a_row)
+    top, height = 30 + names, round(width * 0.56) + names
     clean = {
         name: thinned([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
         for name, points in lines.items()
@@ -146,7 +152,8 @@ def line_chart(
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
         if len(clean) > 1:
             parts.append(
-                f'<text x="{left + 8 + 130 * i}" y="{top - 6}" style="fill:{colour}">'
+                f'<text x="{left + 8 + 130 * (i % in_a_row)}" y="{24 + 18 * (i // in_a_row)}" '
+                f'style="fill:{colour}">'
                 f"{html.escape(name)}</text>"
             )
     middle = (left + width - right) / 2

@@ -34,6 +34,7 @@ from beit.precision import Precision
 from beit.probe import fit_best_probe, fit_probe, knn_scores, stratified_fifth
 from beit.report import Page
 from beit.run import read_metrics
+from beit.settings import RunError
 from beit.split import check_one_label, data_hash, divide, take
 from beit.visualize import data_tag, jpeg_bytes, line_chart
 
@@ -65,23 +66,31 @@ class Watch:
     train: ImageSource | None = None
     test: ImageSource | None = None
     looks: list[Look] = field(init=False)
-    pictures: str = field(init=False)  # what those that are looked at are known by
+    pictures: str = field(init=False)  # what those that are to be looked at are known by
+    told: set[str] = field(init=False, default_factory=set)  # which of them cannot be read
 
     def __post_init__(self) -> None:
         file = self.out / "looks.json"
-        self.looks = json.loads(file.read_text()) if file.exists() else []
+        try:
+            self.looks = json.loads(file.read_text()) if file.exists() else []
+        except ValueError as error:
+            raise RunError(
+                f"{file} is not JSON: {error}; remove it to go on without these looks"
+            ) from error
         sources = [source for source in (self.train, self.test) if source is not None]
         self.pictures = data_hash(sources or [self.unlabelled], None)
 
     @property
     def alike(self) -> list[Look]:
-        """The looks at these pictures and layers; a run that goes on may have had others before."""
-        return [
+        """The looks at these layers and at just those pictures that the newest look could read; a run that
+        goes on may have had others before, and a disk may have failed for a while."""
+        these = [
             look
             for look in self.looks
             if look.get("pictures", self.pictures) == self.pictures
             and all(f"effective_rank_{i}" in look for i in self.layers)
         ]
+        return [look for look in these if look.get("read") == these[-1].get("read")]
 
     def look(self, model: Beit, step: int, probe: bool = True) -> None:
         """Draw, and probe unless that is left to a later look; the model stays in the mode it was in."""
@@ -107,15 +116,14 @@ class Watch:
             some = spread(len(self.unlabelled), MOST_FOR_RANK)
             seen = features_of(model, self.unlabelled, layers, self.precision, self.workers, some)
             return {f"effective_rank_{i}": effective_rank(x.numpy()) for i, x in seen.layers.items()}
-        known = features_of(model, self.train, layers, self.precision, self.workers)
-        asked = features_of(model, self.test, layers, self.precision, self.workers)
-        self.train, self.test = take(self.train, known.kept), take(self.test, asked.kept)  # told once
+        known = features_of(model, self.train, layers, self.precision, self.workers, told=self.told)
+        asked = features_of(model, self.test, layers, self.precision, self.workers, told=self.told)
         device = model.cls_token.device if model.cls_token.is_cuda else torch.device("cpu")
-        y = torch.from_numpy(self.train.labels).to(device)
-        truth = torch.from_numpy(self.test.labels).to(device)
+        y = torch.from_numpy(self.train.labels[known.kept]).to(device)
+        truth = torch.from_numpy(self.test.labels[asked.kept]).to(device)
         fifth = stratified_fifth(y.cpu().numpy(), seed=0).to(device)  # chooses the penalty
         some = spread(len(truth), MOST_FOR_RANK)
-        classes, look = len(self.train.classes), {}
+        classes, look = len(self.train.classes), Look(read=[len(y), len(truth)])
         for i in layers:
             x, new = known.layers[i].to(device), asked.layers[i].to(device)
             chosen, _ = fit_best_probe((x[~fifth], y[~fifth]), (x[fifth], y[fifth]), classes)
@@ -144,10 +152,11 @@ class Watch:
             page.section("Curves", "One point a logged step.")
             page.charts(curves)
         if self.train is not None and self.test is not None:
+            known, asked = self.alike[-1].get("read", (len(self.train), len(self.test)))
             page.section(
                 "Probes",
-                f"Share of {len(self.test):,} labelled pictures named right from frozen features, pooled "
-                f"and normed; {len(self.train):,} others are known. Step 0 is the network before its first "
+                f"Share of {asked:,} labelled pictures named right from frozen features, pooled "
+                f"and normed; {known:,} others are known. Step 0 is the network before its first "
                 f"step.{self._others()}",
             )
             page.charts(

@@ -22,6 +22,7 @@ from beit.augment import (
     OPERATIONS,
     V2_VIEWS,
     CropAndFlip,
+    EraseAndMix,
     Mix,
     TwoViews,
     apply_jitter,
@@ -149,8 +150,8 @@ def test_where_torch_has_no_lanczos_pillow_resizes(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(beit.augment.F, "interpolate", refuse)
     image = smooth(50, 40).copy()
-    expected = Image.fromarray(image).resize((16, 16), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(resize(image, 16, "lanczos"), expected)
+    expected = Image.fromarray(image).resize((16, 24), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(resize(image, (24, 16), "lanczos"), expected)
 
 
 # --- Large JPEGs ---------------------------------------------------------------------------------
@@ -179,6 +180,21 @@ def test_a_jpeg_is_decoded_smaller_only_where_the_crop_keeps_the_wanted_pixels(
         crop = crop_and_flip(image, box, wanted, flip=False)
         assert image.scale == scale
         assert min(crop.shape[:2]) >= min(wanted, side)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        TwoViews(64, 256, WHOLE, WHOLE),
+        TwoViews(256, 64, WHOLE, WHOLE),
+        CropAndFlip((64, 256), WHOLE, (1 / 4, 1 / 4)),
+        CropAndFlip((256, 64), WHOLE, (4, 4)),
+    ],
+)
+def test_a_jpeg_is_decoded_large_enough_for_the_largest_side_of_any_view(view: Any) -> None:
+    image = Watched(jpeg(smooth(600, 600)))
+    view(image, rng())
+    assert image.scale == 2
 
 
 @pytest.mark.parametrize("orientation", [1, 6, 7])
@@ -239,7 +255,35 @@ def test_both_views_are_mirrored_where_the_picture_is() -> None:
         assert gap(one, other) > 5
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 9)])
+def test_a_picture_of_a_pixel_or_two_has_a_crop_of_any_shape(size: tuple[int, int]) -> None:
+    for view in (CropAndFlip(img_size=(16, 128)), CropAndFlip(img_size=(128, 16))):
+        pixels = np.full((*size, 3), 7, dtype=np.uint8)
+        assert (view(open_image(pixels), rng()) == 7).all()
+
+
 WHOLE_CROP = CropAndFlip(img_size=24, crop_scale=WHOLE, crop_ratio=WHOLE)
+
+
+def test_a_fine_tuning_view_is_drawn_as_published() -> None:
+    published = CropAndFlip(224, (0.08, 1.0), (3 / 4, 4 / 3), 0.5, 0.0, (128, 128, 128))
+    assert CropAndFlip() == published
+    image = rng().integers(0, 256, (50, 50, 3), dtype=np.uint8)
+    view = replace(WHOLE_CROP, hflip=0.0)(image, rng())
+    assert np.abs(by_pillow(image, 24, "bicubic") - view).max() <= 2
+    assert np.abs(by_pillow(image, 24, "bilinear") - view).max() > 2
+
+
+@pytest.mark.parametrize("size", [(20, 40), (40, 20)])
+def test_a_rectangular_view_is_not_distorted(size: tuple[int, int]) -> None:
+    """Red says how far across a pixel lies, green how far down: both grow alike from pixel to pixel."""
+    y, x = np.mgrid[:240, :240].astype(np.uint8)
+    image = np.stack([x, y, x], axis=2)
+    view = CropAndFlip(size, (0.2, 0.3), WHOLE, hflip=0.0)
+    for seed in range(5):
+        red, green, _ = np.moveaxis(view(image, rng(seed)).astype(float), 2, 0)
+        across = np.diff(red, axis=1)[2:-2, 2:-2].mean()
+        assert np.diff(green, axis=0)[2:-2, 2:-2].mean() == pytest.approx(across, rel=0.06)
 
 
 def test_mirrored_always_and_never() -> None:
@@ -401,6 +445,14 @@ def test_jitter_of_a_large_picture_is_pillows_to_a_level_or_two() -> None:
         assert np.abs(ours - by_enhancers(picture, jitter).crop(box)).max() <= 2
 
 
+def test_the_grey_of_a_long_picture_is_sampled_no_coarser_than_its_short_side_allows() -> None:
+    """Of 40 rows none is left out: byte for byte Pillow's."""
+    image = np.repeat(rng().integers(0, 256, (40, 1, 3), dtype=np.uint8), 1300, axis=1)
+    picture = Image.fromarray(image)
+    ours = apply_jitter(picture, [("contrast", 0.6)], whole(picture))
+    np.testing.assert_array_equal(ours, by_enhancers(picture, [("contrast", 0.6)]))
+
+
 def test_factors_are_uniform_around_one_and_every_order_is_as_likely() -> None:
     drawn = [sample_jitter(0.4, rng(seed)) for seed in range(3000)]
     for what in ENHANCERS:
@@ -553,6 +605,20 @@ def test_a_fine_tuning_view_is_its_plain_crop_augmented() -> None:
     )  # 15 in which neither operation is done, and a few whose operation changes nothing
 
 
+def test_a_fine_tuning_view_moves_in_its_own_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    fills = []
+
+    def noted(picture: Image.Image, strength: float, fill: tuple[int, int, int]) -> Image.Image:
+        fills.append(fill)
+        return picture
+
+    monkeypatch.setattr(beit.augment, "OPERATIONS", {"noted": noted})
+    view = CropAndFlip(img_size=8, rand_augment=9.0, fill=(1, 2, 3))
+    for seed in range(10):
+        view(smooth(), rng(seed))
+    assert set(fills) == {(1, 2, 3)}
+
+
 # --- Both ----------------------------------------------------------------------------------------
 
 TRANSFORMS: list[Callable[..., object]] = [
@@ -665,6 +731,12 @@ def test_boxes_are_erased_as_timm_erased_them() -> None:
             erased += 1
     assert erased > 200
     assert kept > 60
+
+
+def test_a_box_as_high_or_as_wide_as_the_picture_is_drawn_again() -> None:
+    for height, width in ((10, 40), (40, 10)):
+        generator: Any = Replay(0.0, *[0.25, 0.0] * 10)  # 10 x 10 pixels
+        assert sample_erase_box(height, width, 1.0, generator) is None
 
 
 def test_erased_area_is_distributed_as_timms() -> None:
@@ -781,6 +853,43 @@ def test_shares_are_drawn_as_timm_drew_them(mixing: dict[str, np.ndarray]) -> No
         assert mix.box is not None
         left, top, right, bottom = mix.box
         assert mix.share == pytest.approx(1 - (right - left) * (bottom - top) / (32 * 48))
+
+
+def test_the_shares_of_cutmix_are_drawn_by_its_own_parameter() -> None:
+    """Beta(200, 200) lies near one half: no box is much larger, though Beta(0.8, 0.8) reaches the edges."""
+    generator = rng(7)
+    mixes = [sample_mix(100, 100, 0.8, 200.0, generator) for _ in range(400)]
+    heights = [mix.box[3] - mix.box[1] for mix in mixes if mix.box is not None]
+    assert 66 <= max(heights) <= 76
+
+
+def test_each_part_of_what_is_done_to_a_batch_counts_alone() -> None:
+    assert not EraseAndMix(0, 0, 0).does_something
+    for parts in ((0.25, 0, 0), (0, 0.8, 0), (0, 0, 1.0)):
+        assert EraseAndMix(*parts).does_something
+
+
+def test_erasing_alone_keeps_the_labels() -> None:
+    images, labels = torch.zeros(8, 3, 20, 20), torch.arange(8)
+    erased, wanted = EraseAndMix(1.0, 0.0, 0.0)(images, labels, 8, rng())
+    assert erased.flatten(1).any(dim=1).all()
+    assert wanted is labels
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
+def test_several_labels_are_mixed_as_one_is(mixup: float, cutmix: float) -> None:
+    """And the pictures as the labels say: of n numbered flat ones, on rectangles too."""
+    labels = torch.tensor([2, 0, 1, 3])
+    several = F.one_hot(labels, 4).bool()
+    for seed in range(5):
+        images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 32).contiguous()
+        mix = EraseAndMix(0.0, mixup, cutmix)
+        mixed, wanted = mix(images.clone(), labels, 4, rng(seed))
+        again, shares = mix(images.clone(), several, 4, rng(seed))
+        assert torch.equal(mixed, again)
+        torch.testing.assert_close(shares, wanted)
+        said = wanted[0, 2] * 0 + wanted[0, 3] * 3
+        assert mixed[0].mean().item() == pytest.approx(said.item(), abs=1e-5)
 
 
 def test_an_odd_batch_keeps_its_middle_picture() -> None:

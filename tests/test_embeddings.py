@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,13 @@ def test_any_name_of_a_file_comes_back(tmp_path: Path) -> None:
     assert [name for _, name in folder.ids(0)] == strange
 
 
+def test_parquet_has_a_name_for_a_file_whose_own_is_not_text(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    folder = begin(tmp_path / "v", replace(MANIFEST, pictures=1, format="parquet"))
+    folder.write(0, [(0, os.fsdecode(b"\xff.png"))], random_rows(1), [])
+    assert folder.ids(0) == [(0, "?.png")]
+
+
 def test_rows_of_bad_pictures_are_absent_and_the_others_keep_their_order(tmp_path: Path) -> None:
     folder = begin(tmp_path / "v", replace(MANIFEST, pictures=13))
     folder.write(0, [(i, f"{i}") for i in (0, 1, 3)], random_rows(3),
@@ -148,6 +157,25 @@ def test_a_shard_that_lacks_something_is_not_sealed(tmp_path: Path, ending: str,
         len(Embeddings(folder.folder))
 
 
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda seal: seal.update(rows=9),
+        lambda seal: seal["files"].pop("00001.csv"),
+        lambda seal: seal["bad"].append([3, "3", "broken"]),
+    ],
+)
+def test_a_seal_that_does_not_account_for_every_picture_and_file_is_none(
+    tmp_path: Path, harm: Any
+) -> None:
+    folder = filled(tmp_path / "v", random_rows(25))
+    file = folder.folder / "00001.json"
+    seal = json.loads(file.read_text())
+    harm(seal)
+    file.write_text(json.dumps(seal))
+    assert set(folder.seals()) == {0, 2}
+
+
 @pytest.mark.parametrize("ending", ["npy", "csv"])
 def test_a_changed_byte_is_seen_by_the_checksums(tmp_path: Path, ending: str) -> None:
     folder = filled(tmp_path / "v", random_rows(25))
@@ -169,6 +197,35 @@ def test_a_seal_is_the_last_to_get_its_name(tmp_path: Path, monkeypatch: pytest.
     assert order == ["00000.npy", "00000.csv", "00000.json"]
 
 
+def test_what_is_sealed_is_on_the_disk_before_its_seal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = begin(tmp_path / "v", MANIFEST)
+    done: list[str] = []
+    whole, flushed = os.replace, beit.embeddings.flush
+
+    def replaced(source: Any, target: Any) -> None:
+        done.append(f"name {Path(target).name}")
+        whole(source, target)
+
+    def noted(path: Path) -> None:
+        done.append(f"flush {path.name}")
+        flushed(path)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(beit.embeddings, "flush", noted)
+    folder.write(0, [(i, f"{i}") for i in range(10)], random_rows(10), [])
+    files = [f"00000.{ending}" for ending in ("npy", "csv", "json")]
+    assert done == [
+        *(f"flush {name}" for name in files),
+        *(f"name {name}" for name in files[:2]),
+        "flush v",
+        f"name {files[2]}",
+        "flush v",
+    ]
+    folder.close()
+
+
 def test_no_manifest_or_a_damaged_one_is_said(tmp_path: Path) -> None:
     with pytest.raises(EmbeddingsError, match="holds no embeddings; make some: beit embed"):
         Embeddings(tmp_path)
@@ -184,6 +241,25 @@ def test_of_two_that_begin_the_first_decides(tmp_path: Path) -> None:
     assert second.manifest.differences(
         {"runtime": "openvino", "model": "elsewhere", "batch_size": 16}
     ) == ["runtime was torch, now openvino"]
+
+
+def test_where_there_are_no_links_the_first_decides_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert begin(tmp_path / "v", MANIFEST).manifest == MANIFEST
+    assert begin(tmp_path / "v", replace(MANIFEST, runtime="openvino")).manifest == MANIFEST
+    assert names(tmp_path / "v") == {"embeddings.json"}
+
+
+@pytest.mark.parametrize("name", sorted(asdict(MANIFEST)))
+def test_every_setting_but_how_the_model_was_called_makes_a_difference(name: str) -> None:
+    """The hash of the spec is told by the spec itself."""
+    told = MANIFEST.differences({**asdict(MANIFEST), name: "another"})
+    assert len(told) == (name not in ("model", "image_spec_sha256"))
 
 
 # --- What goes wrong -----------------------------------------------------------------------------
@@ -218,8 +294,10 @@ def test_what_dead_processes_were_writing_is_swept_and_the_living_keep_theirs(tm
         [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True
     )
     dead, living = Path(done.stdout.strip()), make_scratch(tmp_path)
-    elsewhere = tmp_path / ".writing-1-another.host-abc"
+    pid = dead.name.split("-")[1]  # of no process here
+    elsewhere = tmp_path / f".writing-{pid}-another.host-abc"
     elsewhere.mkdir()
+    os.utime(elsewhere, (time.time() - 80_000,) * 2)  # not a day ago
     sweep(tmp_path)
     assert (dead.exists(), living.exists(), elsewhere.exists()) == (False, True, True)
     os.utime(elsewhere, (0, 0))
@@ -308,6 +386,34 @@ def test_search_is_a_sorted_list_of_all_cosines(
     np.testing.assert_allclose(cosines, expected_cosines, atol=1e-12)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 5, 6])
+def test_many_queries_are_each_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    rows, queries = random_rows(30), random_rows(5, seed=1)
+    folder = filled(tmp_path / "v", rows)
+    monkeypatch.setattr(beit.embeddings, "QUERIES", at_once)
+    np.testing.assert_array_equal(folder.nearest(queries, 30)[1], brute_force(rows, queries, 30)[1])
+
+
+def test_rows_are_numbered_without_the_bad_pictures(tmp_path: Path) -> None:
+    rows = random_rows(16)
+    folder = begin(tmp_path / "v", replace(MANIFEST, pictures=20))
+    bad = [BadPicture(i, "", "") for i in range(6, 10)]
+    folder.write(0, [(i, f"{i}") for i in range(6)], rows[:6], bad)
+    folder.write(1, [(i, f"{i}") for i in range(10, 20)], rows[6:], [])
+    _, found = folder.nearest(rows[8:9], 1)
+    assert found.tolist() == [[8]]
+    assert folder.paths([8]) == ["12"]
+    np.testing.assert_array_equal(folder.rows(found[0]), rows[8:9])
+
+
+def test_tokens_of_a_picture_cannot_be_searched(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "v", random_rows(10 * 3).reshape(10, 3, 12))
+    with pytest.raises(EmbeddingsError, match="only single vectors of one model can be compared"):
+        folder.nearest(np.zeros((1, 3, 12), np.float32), 3)
+
+
 def test_equal_vectors_come_in_their_order(tmp_path: Path) -> None:
     rows = random_rows(60, width=40)
     rows[[3, 17, 18, 44, 59]] = rows[30]
@@ -330,6 +436,18 @@ def test_neighbours_that_differ_by_less_than_float32_are_told_apart(tmp_path: Pa
     assert coarse.tolist() != expected[0].tolist()
     for top in range(1, 100):
         np.testing.assert_array_equal(folder.nearest(query, top)[1], expected[:, :top])
+
+
+def test_the_length_of_a_vector_does_not_matter(tmp_path: Path) -> None:
+    rows, queries = random_rows(60), random_rows(20, seed=1)
+    short = rows.copy()
+    short[::2] *= 1e-6
+    for vectors in (short, short.astype(np.float64)):
+        np.testing.assert_allclose(np.linalg.norm(unit(vectors), axis=1), 1, atol=1e-6)
+    expected = filled(tmp_path / "v", rows).nearest(queries, 1)
+    cosines, found = filled(tmp_path / "short", short).nearest(1e-6 * queries, 1)
+    np.testing.assert_array_equal(found, expected[1])
+    np.testing.assert_allclose(cosines, expected[0], atol=1e-6)
 
 
 def test_a_vector_of_zeros_is_like_nothing(tmp_path: Path) -> None:

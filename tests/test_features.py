@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,13 +17,15 @@ from beit.features import (
     BeitFeatures,
     Pooling,
     default_layer,
+    embed,
     extract_features,
+    layer_states,
     pool_tokens,
     pooled,
     storage,
 )
 from beit.image import ImageSpec, preprocess, read_image
-from beit.model import Beit, BeitConfig, BeitForMaskedImageModeling
+from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 
 CONFIG = BeitConfig(img_size=16, patch_size=8, embed_dim=12, depth=4, num_heads=3).for_pretraining(10)
 
@@ -82,6 +84,49 @@ def test_half_precision_is_close_and_comes_back_in_float32() -> None:
         assert 0 < difference < 0.05 * float(exact[layer].abs().max())
 
 
+def test_the_input_in_half_precision_comes_back_in_float32_too() -> None:
+    model, batches = model_and_batches()
+    for pooling in get_args(Pooling):
+        assert extract_features(model, batches, [0], pooling, "bf16")[0].dtype == torch.float32
+    for (state,) in layer_states(model, batches, [0], "bf16"):
+        assert state.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_an_embedding_of_the_end_is_what_the_head_gets_and_of_a_layer_its_states() -> None:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    models: list[Any] = [model_and_batches()[0]]
+    for pooling in ("mean", "cls"):
+        config = replace(CONFIG.for_classification(5), pooling=pooling, init_values=1.0)
+        models.append(BeitForImageClassification(config))
+    for model in models:
+        for norm in model.modules():
+            if isinstance(norm, torch.nn.LayerNorm):  # one that was built changes little
+                torch.nn.init.normal_(norm.weight)
+                torch.nn.init.normal_(norm.bias)
+        model.eval()
+        for layer in (0, 2, -1, 4):
+            (states,) = model.layers(images, [layer])
+            assert torch.equal(embed(model, images, "tokens", layer), states)
+            assert torch.equal(embed(model, images, "cls", layer), states[:, 0])
+            assert torch.equal(embed(model, images, "mean", layer), states[:, 1:].mean(dim=1))
+        tokens = Beit.forward(model, images)
+        assert torch.equal(embed(model, images, "tokens"), tokens)
+        assert torch.equal(embed(model, images, "cls"), tokens[:, 0])
+        if isinstance(model, BeitForImageClassification):
+            of_head = embed(model, images, model.config.pooling)
+            torch.testing.assert_close(model.head(of_head), model(images))
+        else:
+            assert torch.equal(embed(model, images), tokens[:, 1:].mean(dim=1))
+
+
+def test_an_embedding_that_does_not_exist_is_named() -> None:
+    model, batches = model_and_batches()
+    for wrong in ({"layer": 5}, {"layer": -6}, {"pooling": "both"}):
+        with pytest.raises(ValueError, match=r"layer|pooling"):
+            embed(model, batches[0], **wrong)  # type: ignore[arg-type]
+
+
 def test_missing_layer_is_named() -> None:
     model, batches = model_and_batches()
     with pytest.raises(ValueError, match="layer 5 does not exist; this model has layers 0 to 4"):
@@ -108,11 +153,14 @@ def test_every_pooling_is_a_part_of_both(pooling: Pooling) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 20])
-def test_features_in_a_file_are_those_in_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_features_in_a_file_are_those_in_memory(
+    monkeypatch: pytest.MonkeyPatch, limit: int, pooling: Pooling
+) -> None:
     model, batches = model_and_batches()
-    expected = extract_features(model, batches, [3, 1], precision="fp32")
+    expected = extract_features(model, batches, [3, 1], pooling, "fp32")
     monkeypatch.setattr(beit.features, "IN_MEMORY_BYTES", limit)
-    found = extract_features(model, batches, [3, 1], precision="fp32", count=4)
+    found = extract_features(model, batches, [3, 1], pooling, "fp32", count=4)
     assert list(found) == [3, 1]
     for layer in (1, 3):
         assert torch.equal(found[layer], expected[layer])
@@ -187,7 +235,7 @@ def test_it_keeps_scikit_learns_rules_for_estimators() -> None:
     base = pytest.importorskip("sklearn.base")
     utils = pytest.importorskip("sklearn.utils")
     checks = pytest.importorskip("sklearn.utils.estimator_checks")
-    features = BeitFeatures(encoder(), 2)
+    features = BeitFeatures(encoder(), 2, "cls", 7, "bf16")
     for rule in (
         "check_estimator_cloneable",
         "check_get_params_invariance",
@@ -201,7 +249,8 @@ def test_it_keeps_scikit_learns_rules_for_estimators() -> None:
     clone = base.clone(features)
     assert clone is not features
     assert clone.model is features.model  # a frozen network needs no copy
-    assert clone.get_params() == features.get_params()
+    given = {"layer": 2, "pooling": "cls", "batch_size": 7, "precision": "bf16"}
+    assert clone.get_params() == {"model": features.model, **given}
     if hasattr(utils, "get_tags"):
         tags = utils.get_tags(features)
         assert (tags.requires_fit, tags.input_tags.two_d_array) == (False, False)
@@ -214,3 +263,8 @@ def test_a_name_is_no_model_for_scikit_learn(tmp_path: Path) -> None:
         ValueError, match=r"model 'pre' is not a loaded one: BeitFeatures\(beit\.load\('pre'\)\)"
     ):
         BeitFeatures("pre").transform([])  # type: ignore[arg-type]
+
+
+def test_no_pictures_are_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="no pictures to take features of"):
+        BeitFeatures(model_and_batches()[0]).transform([])

@@ -103,6 +103,8 @@ def test_a_label_beyond_the_named_classes_is_refused(tmp_path: Path) -> None:
         ({"a.json": '{"class_name": "cat", "label": 3}'}, "cat"),
         ({"a.json": '{"width": 4}', "a.txt": "cat"}, "cat"),
         ({"a.json": '[{"label": 3}]', "a.txt": "cat"}, "cat"),
+        ({"a.json": '{"label": [3, 4], "cls": 0}'}, "0"),
+        ({"a.TXT": "cat"}, "cat"),
         ({"a.txt": "tabby cat\n"}, "tabby cat"),
         ({"a.cls": "1", "a.json": '{"label": 3}', "a.txt": "cat"}, "1"),
         ({"a.txt": "cat", "a.json": '{"label": 3}', "a.cls": "1"}, "1"),
@@ -297,6 +299,32 @@ def test_parquet_of_hugging_face_has_pictures_labels_and_names(tmp_path: Path) -
     assert shown(open_source(tmp_path, "val")) == [9]
 
 
+@pytest.mark.parametrize(
+    "features", [{"tags": [{"_type": "Value"}], "label": {"_type": "ClassLabel"}}, None]
+)
+def test_features_that_are_lists_or_none_hide_no_pictures(tmp_path: Path, features: Any) -> None:
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    table = pyarrow.table({"tags": [["a"]], "image": [png(5)], "label": [0]})
+    about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    parquet.write_table(table.replace_schema_metadata(about), tmp_path / "a.parquet")
+    assert shown(open_source(tmp_path / "a.parquet")) == [5]
+
+
+@pytest.mark.parametrize("unknown", [None, -1])
+def test_a_test_sets_unknown_labels_are_none(tmp_path: Path, unknown: int | None) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"image": [png(1), png(2)], "label": [unknown, unknown]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    source = open_source(tmp_path / "a.parquet")
+    assert (shown(source), source.classes) == ([1, 2], ())
+
+
+def test_only_large_row_groups_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_parquet(tmp_path / "a.parquet", [1, 2], None)
+    open_source(tmp_path / "a.parquet")
+    assert not capsys.readouterr().err
+
+
 def test_parquet_may_be_read_in_any_order_by_several_threads(tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -313,6 +341,16 @@ def test_a_column_of_bytes_may_have_a_dot_in_its_name(tmp_path: Path) -> None:
         pyarrow.table({"image.bytes": [png(5), png(6)]}), tmp_path / "a.parquet"
     )
     assert shown(open_source(tmp_path / "a.parquet")) == [5, 6]
+
+
+def test_a_glimpse_of_a_row_is_its_size_and_what_follows_its_middle(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    content = np.random.default_rng(0).bytes(20_001)
+    parquet.write_table(pyarrow.table({"image": [content]}), tmp_path / "a.parquet")
+    (tmp_path / "a.png").write_bytes(content)
+    for place in (tmp_path / "a.parquet", tmp_path):
+        seen = open_source(place).paths.glimpse(0)
+        assert seen == b"20001 " + content[10_000:14_096]
 
 
 def test_a_row_without_bytes_is_a_bad_picture(tmp_path: Path) -> None:
@@ -578,6 +616,58 @@ def test_what_changed_is_listed_anew(tmp_path: Path, settled: bool) -> None:
 
 
 @pytest.mark.usefixtures("keep_all")
+@pytest.mark.parametrize("same", ["size", "time"])
+def test_a_shard_that_changed_in_its_size_or_its_time_alone_is_listed_anew(
+    tmp_path: Path, same: str
+) -> None:
+    file = write_tar(tmp_path / "s.tar", {"a.png": png(1)})
+    grow_old(tmp_path)
+    open_source(file)
+    time_before = file.stat().st_mtime_ns
+    size_before = file.stat().st_size
+    names = ("b.png",) if same == "size" else tuple(f"{i}.png" for i in range(20))
+    write_tar(file, {name: png(2) for name in names})
+    assert (file.stat().st_size == size_before) == (same == "size")
+    os.utime(file, ns=(time_before, time_before) if same == "time" else (time_before - 9**10,) * 2)
+    assert [Path(path).name for path in open_source(file).paths] == list(names)
+
+
+@pytest.mark.usefixtures("keep_all")
+def test_new_names_of_classes_beside_a_shard_are_seen(tmp_path: Path) -> None:
+    """A file that was not there when the index was made is watched too."""
+    write_tar(tmp_path / "d" / "s.tar", {"a.png": png(1), "a.cls": "0"})
+    grow_old(tmp_path / "d")
+    assert open_source(tmp_path / "d", labelled=True).classes == ("0",)
+    (tmp_path / "d" / "classes.txt").write_text("cat\n")
+    assert open_source(tmp_path / "d" / "s.tar", labelled=True).classes == ("cat",)
+
+
+@pytest.mark.usefixtures("keep_all")
+def test_a_relative_path_is_of_the_folder_one_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, folder in enumerate("ab"):
+        write_tar(tmp_path / folder / "s.tar", {f"{folder}.png": png(number)})
+        grow_old(tmp_path / folder)
+        os.utime(tmp_path / folder / "s.tar", (1e9, 1e9))
+        monkeypatch.chdir(tmp_path / folder)
+        assert open_source("s.tar").name(0) == f"s.tar/{folder}.png"
+
+
+@pytest.mark.usefixtures("keep_all")
+def test_a_dead_link_that_leads_somewhere_at_last_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.png").write_bytes(png(1))
+    (tmp_path / "d" / "more").symlink_to(tmp_path / "later")
+    grow_old(tmp_path / "d" / "a.png")
+    os.utime(tmp_path / "d", (1e9, 1e9))
+    assert shown(open_source(tmp_path / "d")) == [1]
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "b.png").write_bytes(png(2))
+    assert shown(open_source(tmp_path / "d")) == [1, 2]
+
+
+@pytest.mark.usefixtures("keep_all")
 def test_what_has_only_just_changed_is_not_kept(tmp_path: Path, cache: Path) -> None:
     """Another change might leave it the same size within the same tick of the clock."""
     (tmp_path / "a.png").write_bytes(png(1))
@@ -666,6 +756,62 @@ def test_links_in_a_tar_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
             tar.add(tmp_path / name, name)
     assert shown(open_source(tmp_path / "s.tar")) == [1]
     assert "left out 2 links" in capsys.readouterr().err
+
+
+def test_a_folder_of_a_run_is_listed_where_it_is_asked_for_itself(tmp_path: Path) -> None:
+    for name in ("p/run.toml", "p/a.png", "p/deeper/run.toml", "p/deeper/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(4))
+    assert [path.name for path in open_source(tmp_path / "p").paths] == ["a.png"]
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(6))
+    for name, text in (("list.txt", "a.png\n"), ("list.csv", "path,label\na.png,x\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert shown(open_source(tmp_path / name)) == [6]
+
+
+def test_a_list_may_name_pictures_in_several_shards_and_folders(tmp_path: Path) -> None:
+    for number, shard in enumerate(("x.tar", "y.tar")):
+        write_tar(tmp_path / shard, {"a.png": png(2 * number), "b.png": png(2 * number + 1)})
+    names = ["y.tar/b.png", "x.tar/a.png", "y.tar/a.png", "x.tar/b.png"]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    source = open_source(tmp_path / "list.txt")
+    assert shown(source) == [3, 0, 2, 1]
+    assert [source.name(i) for i in range(4)] == [f"{tmp_path}/{name}" for name in names]
+
+
+def test_a_column_part_tells_a_split_only_where_one_part_is_train(tmp_path: Path) -> None:
+    """Of others it may be a part of a machine. A short row has none."""
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    rows = "path,part\n0.png,{}\n1.png,{}\n2.png,{}\n3.png\n"
+    (tmp_path / "a.csv").write_text(rows.format("train", "val", "train"))
+    (tmp_path / "b.csv").write_text(rows.format("wheel", "val", "wheel"))
+    for part, expected in (("train", [0, 2]), ("val", [1])):
+        listing = beit.listing.list_csv(str(tmp_path / "a.csv"), False, part)
+        assert [int(path.stem) for path in listing.places] == expected
+    assert len(beit.listing.list_csv(str(tmp_path / "a.csv"), False).places) == 4
+    assert len(beit.listing.list_csv(str(tmp_path / "b.csv"), False, "val").places) == 4
+    with pytest.raises(ValueError, match="no row of the part 'test'; its parts are train, val"):
+        beit.listing.list_csv(str(tmp_path / "a.csv"), False, "test")
+
+
+def test_a_piece_of_any_size_is_never_taken_for_a_small_one() -> None:
+    rows = beit.listing._Rows()
+    rows.add("a.png", None, (0, 512, 2**32 + 5))
+    assert rows.listing(["s.tar"]).places.size.tolist() == [2**32 - 1]
+
+
+def test_labels_that_were_asked_for_are_no_captions_however_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beit.listing, "MAX_CLASSES", 3)
+    rows = [f"{i}.png,n{i}" for i in range(5)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    assert len(open_source(tmp_path / "list.csv", labelled=True).classes) == 5
+    assert open_source(tmp_path / "list.csv").classes == ()
 
 
 def test_a_list_that_is_no_utf8_is_refused(tmp_path: Path) -> None:

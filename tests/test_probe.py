@@ -12,6 +12,7 @@ from torch import Tensor
 import beit.probe
 from beit.probe import (
     DRAWS,
+    FOLDS,
     PENALTIES,
     SGD_BATCH,
     SGD_EPOCHS,
@@ -29,6 +30,7 @@ from beit.probe import (
     out_of_fold_several,
     review_labels,
     review_several,
+    stratified_fifth,
 )
 
 
@@ -297,6 +299,49 @@ def test_same_seed_gives_the_same_attentive_probe() -> None:
     assert not torch.equal(one(tokens), other(tokens))
 
 
+def test_an_attentive_probe_is_the_written_out_descent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens standardised by a thousand pictures from end to end; AdamW, a twentieth of warm-up."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2000, 2, 8, generator=generator)
+    tokens[1000:] += 10
+    labels = torch.randint(3, (2000,), generator=generator)
+    before = torch.get_rng_state()
+    probe = fit_attentive(tokens, labels, 3, 2, 1e-2, seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    some = tokens[::2].flatten(0, 1)
+    torch.testing.assert_close(probe.mean, some.mean(dim=0))
+    torch.testing.assert_close(probe.std, some.std(dim=0, correction=0))
+
+    torch.manual_seed(5)
+    ours = AttentiveProbe(probe.mean, probe.std, 2, 3)
+    optimizer = torch.optim.AdamW(ours.parameters(), 1e-2, weight_decay=0.05)
+    generator = torch.Generator().manual_seed(5)
+    total = 500  # 30 passes of 16 batches are fewer
+    for step in range(total):
+        if step % 16 == 0:
+            order = torch.randperm(2000, generator=generator)
+        batch = order[step % 16 * 128 :][:128]
+        warm = total // 20
+        cosine = (1 + math.cos(math.pi * (step - warm) / (total - warm))) / 2
+        optimizer.param_groups[0]["lr"] = 1e-2 * (step / warm if step < warm else cosine)
+        loss = torch.nn.functional.cross_entropy(ours(tokens[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(probe(tokens[:50]), ours(tokens[:50]), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("usual", [0.0, 1.0])
+def test_the_interval_of_an_accuracy_stays_between_none_and_all(
+    monkeypatch: pytest.MonkeyPatch, usual: float
+) -> None:
+    accuracies = iter([1 - usual, *[usual] * (DRAWS - 1)])
+    monkeypatch.setattr(LinearProbe, "accuracy", lambda *_: next(accuracies))
+    found = few_shot(clusters(40), clusters(40), 4, 1)
+    assert usual in found.interval
+    assert 0 <= found.interval[0] < found.accuracy < found.interval[1] <= 1
+
+
 def test_few_shots_of_all_pictures_are_the_linear_probe_of_penalty_one() -> None:
     train, test = clusters(80), clusters(300, seed=1)
     found = few_shot(train, test, 4, shots=80)
@@ -360,6 +405,36 @@ def test_a_wrong_one_of_several_labels_comes_first_in_the_review(seed: int) -> N
     first = order[: len(order) // 10]
     assert float(torch.isin(flipped, first).double().mean()) >= 0.8
     assert float((suggestion[flipped] == which).double().mean()) >= 0.8
+
+
+def test_a_review_begins_where_another_class_is_likelier_by_most() -> None:
+    probability = torch.tensor(
+        [[0.3, 0.4, 0.3], [0.35, 0.65, 0.0], [0.0, 0.1, 0.9]], dtype=torch.float64
+    )
+    order, suggestion, confidence, given = review_labels(probability, torch.tensor([0, 0, 2]))
+    assert order.tolist() == [1, 0, 2]  # though the label of 0 is the less likely
+    assert suggestion.tolist() == [1, 1, 1]
+    assert confidence.tolist() == [0.4, 0.65, 0.1]
+    assert given.tolist() == [0.3, 0.35, 0.9]
+
+
+def test_each_class_is_spread_over_all_folds_as_the_seed_says() -> None:
+    labels = torch.tensor([0] * 10 + [1] * 15 + [2] * 5)
+    folds = beit.probe._folds(labels, seed=0)
+    for label, each in ((0, 2), (1, 3), (2, 1)):
+        assert torch.bincount(folds[labels == label]).tolist() == [each] * FOLDS
+    assert torch.equal(folds, beit.probe._folds(labels, seed=0))
+    assert not torch.equal(folds, beit.probe._folds(labels, seed=1))
+
+
+def test_a_fifth_of_each_class_is_held_out_as_the_seed_says() -> None:
+    labels = [0] * 10 + [1] * 17 + [2] * 4
+    held_out = stratified_fifth(labels, seed=0)
+    assert [int(held_out[torch.tensor(labels) == c].sum()) for c in range(3)] == [2, 3, 0]
+    assert torch.equal(held_out, stratified_fifth(labels, seed=0))
+    assert not torch.equal(held_out, stratified_fifth(labels, seed=1))
+    assert int(stratified_fifth([0, 1, 2, 3], seed=0).sum()) == 1
+    assert int(stratified_fifth(list(range(13)), seed=0).sum()) == 2
 
 
 def test_out_of_fold_probabilities_do_not_know_the_label() -> None:

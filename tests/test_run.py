@@ -46,6 +46,7 @@ from beit.run import (
 )
 from beit.settings import FREE_SETTINGS, RunError
 from beit.snapshots import DTYPES, write_tensors
+from beit.tally import Tally
 from beit.training import OptimizerWatch, load_optimizer_tensors, optimizer_tensors
 
 if sys.version_info >= (3, 11):
@@ -489,6 +490,44 @@ def test_moments_of_channels_last_weights_come_back_in_their_order(tmp_path: Pat
     same(go("broken", 99), go("whole", 99))
 
 
+@pytest.mark.parametrize("age", [0.0, 1000.0])
+def test_before_a_look_there_is_a_checkpoint_where_the_last_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float
+) -> None:
+    monkeypatch.setattr(beit.run, "LOOK_SAVES_AFTER_S", age)
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", stop_after=6, frame={"save_every": 100, "look_every": 3}).go()
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ([] if age else ["step-00000003", "step-00000006"])
+
+
+@pytest.mark.parametrize("stop_after", [3, 5, 99])
+def test_a_tally_is_gone_on_with_and_one_that_was_never_saved_begins_anew(
+    tmp_path: Path, stop_after: int
+) -> None:
+    def go(name: str, stop_after: int, tally: Tally | None) -> None:
+        training = train(tmp_path / name)
+        loop = training.run.steps(
+            training.model, training.optimizer, 6, training.batches, 2, seed=1, tally=tally
+        )
+        for step, images in loop:
+            if step == stop_after:
+                break
+            if tally is not None:
+                tally.add(torch.tensor([step, 1]), torch.tensor(float(step)))
+            loss = training.model(images).square().mean()
+            loss.backward()
+            update(training.optimizer, loss)
+
+    go("run", stop_after, Tally(2))
+    go("run", 99, tally := Tally(2))
+    assert tally.counts.tolist() == [15, 6]
+    assert tally.mean_error() == 2.5
+    go("old", 3, None)
+    go("old", 99, tally := Tally(2))
+    assert tally.counts.tolist() == [2 + 3 + 4 + 5, 4]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors_are_written_as_the_library_reads_them(tmp_path: Path, dtype: torch.dtype) -> None:
     numbers = torch.arange(24).reshape(2, 3, 4) % 2 if dtype == torch.bool else torch.arange(24.0)
@@ -816,14 +855,16 @@ def test_tensorboard_holds_what_the_metrics_hold(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    frame = {"tensorboard": True}
+    frame = {"tensorboard": True, "batch_size": 6}
     with pytest.raises(PowerCut):
         train(tmp_path / "run", stop_after=6, frame=frame).go()
     training = train(tmp_path / "run", frame=frame)
     training.go()
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    logged = {event.step: event.value for event in board.Scalars("loss")}
-    assert logged == pytest.approx({line["step"]: line["loss"] for line in training.run.read_metrics()})
+    for key in ("loss", "skipped"):
+        logged = {event.step: event.value for event in board.Scalars(key)}
+        told = {line["step"]: line[key] for line in training.run.read_metrics()}
+        assert logged == pytest.approx(told)
 
 
 def test_metrics_on_a_full_disk_end_with_6(tmp_path: Path) -> None:
@@ -945,6 +986,35 @@ def test_overwrite_begins_again(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", Settings(lr=9.0), overwrite=True)
     assert sorted(p.name for p in run.out.iterdir()) == ["checkpoints", "run.toml"]
     assert not list(run.checkpoints.iterdir())
+
+
+@pytest.mark.parametrize("inside", ["", "photos"])
+def test_overwrite_spares_what_the_command_reads(tmp_path: Path, inside: str) -> None:
+    out = tmp_path / "run"
+    Run(out, Settings())
+    (out / inside).mkdir(exist_ok=True)
+    with pytest.raises(RunError, match=rf"--overwrite would delete {out / inside}, which this command"):
+        check_folder(out, Settings(data=out / inside), overwrite=True)
+    check_folder(out, Settings(data=tmp_path), overwrite=True)  # the run lies in what is read: as before
+    beside = tmp_path / "run.photos"
+    beside.mkdir()
+    check_folder(out, Settings(data=beside), overwrite=True)
+
+
+def test_overwrite_empties_checkpoints_on_another_disk_and_leaves_what_else_is_linked(
+    tmp_path: Path,
+) -> None:
+    train(tmp_path / "run").go()
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "disk")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_text("")
+    (tmp_path / "run" / "mine").symlink_to(tmp_path / "photos")
+    run = Run(tmp_path / "run", Settings(lr=9.0), overwrite=True)
+    assert sorted(p.name for p in run.out.iterdir()) == ["checkpoints", "run.toml"]
+    assert run.checkpoints.is_symlink()
+    assert not list((tmp_path / "disk").iterdir())
+    assert (tmp_path / "photos" / "a.png").exists()
 
 
 def test_a_run_killed_while_it_began_begins_again(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from beit.tokenizer import (
     DalleConfig,
+    DalleConv2d,
     DalleDecoder,
     DalleEncoder,
     DalleTokenizer,
@@ -135,6 +136,14 @@ def test_in_float16_every_convolution_but_the_last_takes_and_gives_fp16(dalle: D
     )
 
 
+def test_in_float16_the_ends_that_meet_the_tokens_stay_in_float32(dalle: DalleTokenizer) -> None:
+    half = copy.deepcopy(dalle).use_float16()
+    ends = [half.encoder.blocks.output.conv, half.decoder.blocks.input]
+    assert {end.dtype for end in ends} == {torch.float32}
+    others = [m for m in half.modules() if isinstance(m, DalleConv2d) and m not in ends]
+    assert {other.dtype for other in others} == {torch.float16}
+
+
 def test_pixel_maps_equal_the_original() -> None:
     expected = golden("dalle-pixels")
     for ours, theirs in [
@@ -244,6 +253,17 @@ def test_pictures_become_a_grid_of_ids_and_come_back(config: DiscreteVAEConfig, 
 
 
 @pytest.mark.parametrize("config", [TINY, GUMBEL])
+def test_what_is_drawn_beyond_black_and_white_is_cut(config: DiscreteVAEConfig) -> None:
+    vae = model(config).eval()
+    vae.decoder[-1].bias.data = torch.tensor([-3.0, 0.0, 3.0])
+    ids = torch.arange(12).view(1, 3, 4)
+    drawn, raw = vae.decode(ids), vae.draw(vae.codebook(ids).permute(0, 3, 1, 2))
+    assert raw.min() < 0
+    assert raw.max() > 1
+    assert torch.equal(drawn, raw.clamp(0, 1))
+
+
+@pytest.mark.parametrize("config", [TINY, GUMBEL])
 def test_a_forward_in_evaluation_changes_no_state(config: DiscreteVAEConfig) -> None:
     vae = model(config)
     vae(pictures(4, 3, 16, 16))  # so that codebook and statistics have begun
@@ -330,6 +350,47 @@ def test_used_codes_move_to_the_mean_of_what_they_were_given_and_others_stay() -
     torch.testing.assert_close(vae.codebook.weight.data, expected)
     assert torch.equal(vae.codebook.weight[1], codes[1])
     assert vae.unused_steps.tolist() == [0, 1, 0]
+
+
+def test_a_batch_that_is_not_finite_moves_and_revives_no_code() -> None:
+    codes = torch.eye(4)[:3]
+    vae = started(codes, revive_after_steps=1)
+    nothing = torch.full((5, 4), float("nan"))
+    vae.update_codebook(nothing, torch.zeros(5, dtype=torch.int64))
+    assert torch.equal(vae.codebook.weight, codes)
+
+
+def test_a_new_codebook_is_of_unit_length_and_ours_are_the_published_defaults() -> None:
+    lengths = model().codebook.weight.norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.ones(12))
+    assert DiscreteVAEConfig() == DiscreteVAEConfig(112, 8192, 16, 128, 3, "vq", 0.95, 20, 0.9)
+
+
+@pytest.mark.parametrize("config", [TINY, GUMBEL])
+def test_parts_of_a_batch_move_the_codebook_as_the_whole_does(config: DiscreteVAEConfig) -> None:
+    """Gumbel's is moved by its gradient alone."""
+    whole = model(config).train()
+    parts = copy.deepcopy(whole)
+    x = pictures(4, 3, 16, 16)
+    before = whole.codebook.weight.clone()
+    torch.manual_seed(0)
+    whole(x)
+    outputs = [parts(part, moves_codebook=False) for part in x.split(2)]
+    assert torch.equal(parts.codebook.weight, before)
+    torch.manual_seed(0)
+    directions, token_ids = (
+        torch.cat([getattr(output, name) for output in outputs]) for name in ("directions", "token_ids")
+    )
+    parts.update_codebook(directions, token_ids)
+    torch.testing.assert_close(parts.codebook.weight, whole.codebook.weight)
+    assert torch.equal(before, whole.codebook.weight) == (config is GUMBEL)
+
+
+def test_the_directions_are_counted_in_float32_under_autocast() -> None:
+    z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = model().directions(z)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(2, 3, 3))
 
 
 def test_the_pull_of_a_code_does_not_depend_on_how_many_points_it_was_given() -> None:
@@ -423,6 +484,15 @@ def test_gumbel_codes_are_the_softmax_of_logits_and_noise_over_the_temperature()
     assert torch.equal(ids, z.argmax(dim=1))
 
 
+def test_in_evaluation_gumbel_gives_the_likeliest_code_itself() -> None:
+    vae = model(GUMBEL).eval()
+    z = torch.randn(2, 12, 3, 3, generator=torch.Generator().manual_seed(1))
+    codes, ids, directions = vae.quantise_gumbel(z)
+    assert torch.equal(codes, vae.codebook.weight[z.argmax(dim=1)].permute(0, 3, 1, 2))
+    assert torch.equal(ids, z.argmax(dim=1))
+    assert directions.shape == (2, 3, 3, 0)
+
+
 def test_a_step_with_the_gumbel_quantiser_lowers_the_loss_and_reaches_every_weight() -> None:
     vae = model(GUMBEL).train()
     optimiser = torch.optim.AdamW(vae.parameters(), lr=1e-3)
@@ -467,6 +537,15 @@ def test_pixel_targets_are_a_patchs_pixels_without_mean_and_deviation() -> None:
         PixelTargets().decode(torch.zeros(1, 1, 1, dtype=torch.int64))
 
 
+def test_a_flat_patch_is_raised_no_more_than_maes_epsilon_allows() -> None:
+    """1e-6 under the root: contrast of one level in 255 is still told."""
+    images = torch.full((1, 3, 8, 8), 0.5)
+    images[0, :, ::2] += 1 / 255
+    targets = PixelTargets().encode(images)
+    variance = images.var().item()
+    assert targets.std().item() == pytest.approx((variance / (variance + 1e-6)) ** 0.5, rel=1e-3)
+
+
 def test_pixel_targets_are_drawn_with_the_mean_and_deviation_of_their_patch() -> None:
     """True targets give the picture; a guess of nothing gives each patch's mean, one of twice the
     contrast twice the distance from it."""
@@ -478,3 +557,7 @@ def test_pixel_targets_are_drawn_with_the_mean_and_deviation_of_their_patch() ->
     assert mean[1, :, 8:16, 16:24].unique().item() == pytest.approx(images[1, :, 8:16, 16:24].mean())
     expected = (2 * images - mean).clamp(0, 1)
     torch.testing.assert_close(pixels.draw(2 * targets, images), expected, atol=1e-5, rtol=0)
+    strong = 5 * images - 4 * mean
+    assert strong.min() < 0
+    assert strong.max() > 1
+    torch.testing.assert_close(pixels.draw(5 * targets, images), strong.clamp(0, 1), atol=1e-5, rtol=0)

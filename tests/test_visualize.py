@@ -157,6 +157,18 @@ def test_numbers_of_an_axis_differ_and_are_no_powers() -> None:
     assert ticks([2.0, 2.0], 3) == ["2", "2"]
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 12])
+def test_names_of_curves_stand_in_the_picture_above_them_each_in_a_colour_of_its_own(count: int) -> None:
+    lines = {f"layer {i}": [(0.0, float(i)), (1.0, 2.0)] for i in range(count)}
+    svg = chart(lines)
+    _, _, width, _ = (float(v) for v in svg.attrib["viewBox"].split())
+    names = [text for text in svg.iter("text") if (text.text or "").startswith("layer ")]
+    places = [(float(name.attrib["x"]), float(name.attrib["y"])) for name in names]
+    assert len(set(places)) == len({name.attrib["style"] for name in names}) == count
+    highest = min(y for line in curves(svg) for _, y in line)
+    assert all(0 < x < width - 60 and 12 < y < highest for x, y in places)
+
+
 def test_points_that_are_not_finite_are_left_out() -> None:
     wild = [(0.0, 1.0), (1.0, math.nan), (2.0, math.inf), (math.nan, 3.0), (4.0, 2.0), (5.0, -math.inf)]
     ours = line_chart({"": wild}, "x", "y")

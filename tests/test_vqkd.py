@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ENVIRONMENT
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import beit.tokenizer
 import beit.vqkd
@@ -52,6 +53,21 @@ def test_trained_parameters_are_as_many_as_published(depth: int, count: int) -> 
         tokenizer = VQKD(VQKDConfig(decoder_depth=depth))
     assert sum(p.numel() for p in tokenizer.parameters() if p.requires_grad) == count
     assert depth != 3 or len(tokenizer.state_dict()) == 220
+
+
+def test_a_new_tokenizer_begins_as_published() -> None:
+    torch.manual_seed(0)
+    config = VQKDConfig(32, 8, 96, 1, 1, 4, 64, 32, 96, layer_norm_eps=1e-3)
+    tokenizer = VQKD(config)
+    for layer in (*tokenizer.encode_task_layer, *tokenizer.decode_task_layer):
+        if isinstance(layer, nn.Linear):
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
+            assert not layer.bias.any()
+    lengths = tokenizer.quantize.embedding.weight.norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.ones(64))
+    assert {m.eps for m in tokenizer.modules() if isinstance(m, nn.LayerNorm)} == {1e-3}
+    published = VQKDConfig(224, 16, 768, 12, 3, 12, 8192, 32, 512, 1e-6, 0.99, 0)
+    assert VQKDConfig() == published
 
 
 def test_a_saved_tokenizer_gives_the_same_tokens(tiny: VQKD, tmp_path: Path) -> None:
@@ -227,11 +243,56 @@ def test_the_projection_is_not_rounded_under_autocast(tiny: VQKD) -> None:
     assert not torch.equal(z, z.bfloat16().float())
 
 
+def test_the_error_is_counted_in_float32_whatever_the_teachers_precision(tiny: VQKD) -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    target = directions(32, 20).view(2, 16, 20).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        output = tiny(images, target)
+        said = tiny.say(tiny.quantize(tiny.project(images)).codes.unflatten(1, (4, 4)))
+    assert output.error.dtype == output.loss.dtype == torch.float32
+    expected = 1 - F.cosine_similarity(said.double(), target.double(), dim=-1).mean()
+    assert output.error.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
 def test_a_batch_that_is_not_finite_moves_no_code() -> None:
     ours = quantizer(directions(4, 3), revive_after_steps=1)
     before = ours.embedding.weight.clone()
     ours(torch.full((5, 3), float("nan")))
     assert torch.equal(ours.embedding.weight, before)
+
+
+def test_parts_of_a_batch_move_the_codebook_as_the_whole_does(tiny: VQKD) -> None:
+    """The first step begins it, the second moves it; what is begun once is not begun again."""
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.rand(4, 3, 32, 32, generator=generator) for _ in range(2)]
+    whole, parts = copy.deepcopy(tiny).train(), tiny.train()
+    for tokenizer in (whole, parts):
+        tokenizer.quantize.embedding.initted.zero_()
+    for number, images in enumerate(steps):
+        torch.manual_seed(number)
+        whole(images, torch.zeros(4, 16, 20))
+        torch.manual_seed(number)
+        parts.begin_codebook(images.split(2))
+        before = parts.quantize.state_dict()
+        before = {name: value.clone() for name, value in before.items()}
+        outputs = [parts(part, torch.zeros(2, 16, 20), moves_codebook=False) for part in images.split(2)]
+        for name, value in parts.quantize.state_dict().items():
+            assert torch.equal(value, before[name]), name
+        directions, token_ids = (
+            torch.cat([getattr(output, name) for output in outputs])
+            for name in ("directions", "token_ids")
+        )
+        parts.update_codebook(directions, token_ids)
+        for name, value in whole.quantize.state_dict().items():
+            torch.testing.assert_close(parts.quantize.state_dict()[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_codebook_that_is_not_begun_waits_for_its_caller(tiny: VQKD) -> None:
+    tiny.train().quantize.embedding.initted.zero_()
+    before = tiny.quantize.embedding.weight.clone()
+    tiny(torch.rand(2, 3, 32, 32), torch.zeros(2, 16, 20), moves_codebook=False)
+    assert torch.equal(tiny.quantize.embedding.weight, before)
+    assert not tiny.quantize.embedding.initted
 
 
 def test_a_step_reaches_every_weight_and_not_the_codebook(tiny: VQKD) -> None:
@@ -256,7 +317,7 @@ rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 batches = torch.randn(3, 2, 24, 5, generator=torch.Generator().manual_seed(9))
 torch.manual_seed(rank)
-config = VQKDConfig(vocab_size=40, code_dim=5, revive_after_steps=1)
+config = VQKDConfig(vocab_size=64, code_dim=5, revive_after_steps=1)
 quantizer = NormEMAVectorQuantizer(config).train()
 for batch in batches:
     quantizer(batch[rank])
@@ -273,7 +334,7 @@ def test_two_processes_make_the_codebook_that_one_makes_of_both_halves(tmp_path:
 
     batches = torch.randn(3, 2, 24, 5, generator=torch.Generator().manual_seed(9))
     torch.manual_seed(0)
-    alone = NormEMAVectorQuantizer(VQKDConfig(vocab_size=40, code_dim=5, revive_after_steps=1)).train()
+    alone = NormEMAVectorQuantizer(VQKDConfig(vocab_size=64, code_dim=5, revive_after_steps=1)).train()
     start = alone.embedding.embed_avg.clone()
     for batch in batches:
         alone(batch)

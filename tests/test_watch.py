@@ -16,6 +16,7 @@ from PIL import Image
 import beit.watch
 from beit.data import open_source
 from beit.model import Beit, BeitConfig
+from beit.settings import RunError
 from beit.watch import MOST_SHEETS, Watch, probe_pictures, share_of_each
 
 
@@ -201,6 +202,34 @@ def test_pictures_that_cannot_be_read_are_named_once_and_counted_out(
     looks.write_page("A run", [], 16)
     page = (tmp_path / "run" / "report.html").read_text()
     assert f"Share of {len(asked) - 1} labelled pictures" in page
+
+
+def test_a_disk_that_fails_during_one_look_leaves_the_others_alike(
+    shapes: Path, tmp_path: Path, model: Beit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(shapes, tmp_path / "data")
+    known, held_out = probe_pictures(data, 0, 0)
+    looks = watch(tmp_path / "run", shapes, train=known, test=held_out)
+    asked, gone = len(held_out), tmp_path / "gone"
+    for step in range(3):
+        if step == 1:
+            (data / "val" / "disc").rename(gone)
+        looks.look(model, step)
+        if step == 1:
+            gone.rename(data / "val" / "disc")
+            assert [look["step"] for look in looks.alike] == [1]
+    assert [look["read"][1] for look in looks.looks] == [asked, asked - 5, asked]
+    assert [look["step"] for look in looks.alike] == [0, 2]
+    looks.write_page("A run", [], 16)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"Share of {asked} labelled pictures" in page
+    assert "1 look at other pictures" in page
+
+
+def test_looks_that_are_not_json_are_named(shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "looks.json").write_text('[{"step": 0,')
+    with pytest.raises(RunError, match=r"looks\.json is not JSON"):
+        watch(tmp_path, shapes)
 
 
 def test_the_rank_is_that_of_pictures_spread_over_the_classes(

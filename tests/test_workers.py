@@ -17,7 +17,7 @@ import pytest
 from conftest import ENVIRONMENT, LOCK_LEFT_HELD
 
 import beit.workers
-from beit.workers import WorkerDied, load_ahead, load_in_processes, now_doing
+from beit.workers import WorkerDied, available_processors, load_ahead, load_in_processes, now_doing
 
 WORKERS = [0, 1, 3]
 
@@ -174,6 +174,14 @@ def test_arrays_arrive_as_they_were_sent(dtype: type) -> None:
     received[3][0] = 1  # they are the caller's own
 
 
+def test_numbers_behind_an_odd_number_of_bytes_arrive_where_processors_want_them() -> None:
+    sent = [np.arange(size, dtype=dtype) for size in (7, 1, 3) for dtype in (np.uint8, np.float64)]
+    (received,) = load_in_processes(lambda _: sent, range(1), 1)
+    assert all(array.flags.aligned for array in received)
+    for one, other in zip(received, sent, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_in_a_process_is_raised_at_its_step(workers: int) -> None:
     def make(step: int) -> int:
@@ -183,8 +191,10 @@ def test_an_error_in_a_process_is_raised_at_its_step(workers: int) -> None:
 
     loader = load_in_processes(make, range(20), workers)
     assert [next(loader) for _ in range(4)] == [0, 1, 2, 3]
-    with pytest.raises(KeyError, match="picture 4"):
+    with pytest.raises(KeyError, match="picture 4") as caught:
         next(loader)
+    if workers:  # of which traceback the caller sees nothing
+        assert "in make" in str(caught.value.__cause__)
 
 
 def test_an_error_that_cannot_travel_arrives_as_its_words() -> None:
@@ -261,6 +271,35 @@ def test_another_takes_the_place_of_a_worker_that_is_killed_and_nothing_is_lost(
 
 
 @linux
+def test_names_of_any_length_are_told_up_to_a_limit_and_none_where_nothing_was_begun() -> None:
+    def make(step: int) -> int:
+        if step:
+            now_doing("long/" * 10_000)
+            now_doing("short.jpg" if step == 1 else "x" * 10_000)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return step
+
+    for step, told in ((0, "nothing yet"), (1, "short.jpg"), (2, "x" * beit.workers.NOTE_BYTES)):
+        _, said = until_death(load_in_processes(make, range(step, step + 1), 1))
+        assert f"while reading {told}, twice" in said
+
+
+@linux
+def test_as_many_deaths_as_are_forgiven_are_forgiven(tmp_path: Path) -> None:
+    def make(step: int) -> int:
+        if step % 2 and not (tmp_path / f"{step}").exists():
+            (tmp_path / f"{step}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step
+
+    most = 2 * beit.workers.MOST_DEATHS
+    assert list(load_in_processes(make, range(most), 2)) == list(range(most))
+    given, said = until_death(load_in_processes(make, range(most, 2 * most + 3), 2))
+    assert given == list(range(most, 2 * most + 1))
+    assert "SIGKILL" in said
+
+
+@linux
 def test_workers_killed_from_outside_again_and_again_are_reported() -> None:
     loader = load_in_processes(lambda _: os.getpid(), range(100_000), 2)
     killed: set[int] = set()
@@ -280,6 +319,67 @@ def test_no_worker_outlives_its_loader() -> None:
     assert all(map(is_running, pids))
     loader.close()  # type: ignore[attr-defined]
     assert not any(map(is_running, pids))
+    for pid in pids:
+        with pytest.raises(ChildProcessError):  # none is left to be waited for
+            os.waitpid(pid, os.WNOHANG)
+
+
+@linux
+def test_processes_work_ahead_but_not_without_bound(tmp_path: Path) -> None:
+    loader = load_in_processes(lambda step: (tmp_path / f"{step}").touch(), range(100), 2)
+    next(loader)
+    until(lambda: len(list(tmp_path.iterdir())) == 5)
+    time.sleep(0.02)
+    assert len(list(tmp_path.iterdir())) == 5
+    loader.close()  # type: ignore[attr-defined]
+
+
+@linux
+def test_no_file_stays_open_on_either_side() -> None:
+    def opened(step: int) -> tuple[np.ndarray, int]:
+        return np.ones(step), len(os.listdir("/proc/self/fd"))
+
+    ours, theirs = [], []
+    for _, theirs_now in load_in_processes(opened, range(60), 2):
+        ours.append(len(os.listdir("/proc/self/fd")))
+        theirs.append(theirs_now)
+    assert max(ours[10:]) == max(ours[:10])
+    assert max(theirs[10:]) == max(theirs[:10])
+
+
+@linux
+def test_no_more_workers_are_made_than_there_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    fork = os.fork
+
+    def counted() -> int:
+        made.append(1)
+        return fork()
+
+    monkeypatch.setattr(os, "fork", counted)
+    assert list(load_in_processes(lambda step: step, range(2), 5)) == [0, 1]
+    assert len(made) == 2
+
+
+@linux
+def test_the_processors_are_those_that_this_process_may_use() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, [min(allowed)])
+        assert available_processors() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@linux
+def test_torch_takes_one_thread_in_a_worker() -> None:
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert list(load_in_processes(lambda _: torch.get_num_threads(), range(2), 2)) == [1, 1]
+    finally:
+        torch.set_num_threads(threads)
 
 
 @linux
@@ -289,7 +389,7 @@ def test_workers_outlive_stop_signals_which_their_parent_answers() -> None:
     for pid in pids:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             os.kill(pid, number)
-    assert [next(loader), next(loader)] == pids
+    assert [next(loader) for _ in range(20)] == 10 * pids  # more than were made ahead of the signals
 
 
 @linux

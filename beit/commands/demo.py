@@ -28,6 +28,7 @@ from beit.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from beit.data import ImageSource, open_source
 from beit.engine import Engine, Prediction
 from beit.metrics import top_k_accuracy
+from beit.ranges import Seed
 from beit.report import Page
 from beit.run import read_metrics
 from beit.settings import command_line
@@ -45,7 +46,7 @@ class Demo:
     """Folder for the pictures, the runs and the page."""
     fast: bool = False
     """A minute instead of five: shows the way, not the numbers."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of the training and of which pictures keep their labels; the split is always the same."""
     workers: NonNegativeInt = 0
     """Processes that prepare pictures; for ones this small the hand-over costs more than it saves."""

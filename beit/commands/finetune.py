@@ -41,7 +41,7 @@ from beit.model import Beit, BeitForImageClassification, variant
 from beit.optim import EMA, adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.plural import counted
 from beit.precision import Precision, autocast, resolve_precision
-from beit.ranges import AboveZero, BelowOne, Compile, CropScale, Magnitude, NotNegative, Share
+from beit.ranges import AboveZero, BelowOne, Compile, CropScale, Magnitude, NotNegative, Seed, Share
 from beit.run import Run, check_folder, surroundings
 from beit.settings import describe_settings, idle
 from beit.split import data_hash, write_split
@@ -126,7 +126,7 @@ class Finetune:
     """How large a piece of another picture is pasted in; the paper's is 1. 0 turns it off."""
     calibrate: Annotated[bool, Parameter(negative="--no-calibrate")] = True
     """Divide the head by the temperature that fits the validation pictures best."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of all that is drawn: weights, order, crops; the same one gives the same run."""
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""

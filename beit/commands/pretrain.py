@@ -38,15 +38,15 @@ from beit.image import (
     cropped_spec,
 )
 from beit.masking import sample_mask, sample_random_mask
-from beit.metrics import codebook_use
 from beit.model import BeitConfig, BeitForMaskedImageModeling, masked_of, variant
 from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, update
 from beit.plural import counted
 from beit.precision import Precision, autocast, resolve_precision
-from beit.ranges import AboveZero, BelowOne, Compile, CropScale, NotNegative, Numbers, Share
+from beit.ranges import AboveZero, BelowOne, Compile, CropScale, NotNegative, Numbers, Seed, Share
 from beit.run import Run, Stopped, check_folder, surroundings, weights_hash
 from beit.settings import idle, settings_in_words
 from beit.split import data_hash
+from beit.tally import Tally
 from beit.tokenizer import DalleTokenizer, PixelTargets, Tokenizer, count_tokens
 from beit.tokenizer_files import AnyTokenizer, load_tokenizer
 from beit.visualize import hide_patches, mark_patches, strip, to_bytes
@@ -118,7 +118,7 @@ class Pretrain:
     model that it goes on from has them, or 0.5."""
     tokenizer_fp16: bool = False
     """DALL-E's convolutions in float16, as the published runs had them; a token in a thousand differs."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of all that is drawn: weights, order, crops; the same one gives the same run."""
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
@@ -192,7 +192,8 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     source = open_source(settings.data)
     check_folder(settings.out, settings, settings.overwrite)
     tokenizer, tokenizer_hash = open_tokenizer(settings, device)
-    model = starting_model(settings, tokenizer.vocab_size, tokenizer_hash).to(device).train()
+    model, model_hash = starting_model(settings, tokenizer.vocab_size, tokenizer_hash)
+    model.to(device).train()
     model.gradient_checkpointing = settings.gradient_checkpointing
     config = model.config
     sample = Sampler.of(settings, config, tokenizer)
@@ -222,7 +223,8 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     run.begin(
         {
             "pictures": len(source), "data_hash": data_hash([source], None),
-            "tokenizer_hash": tokenizer_hash, "img_size": config.image_height_width[0],
+            "tokenizer_hash": tokenizer_hash, "model_hash": model_hash,
+            "img_size": config.image_height_width[0],
             "num_mask_patches": sample.num_masked, "min_block": sample.min_block, "steps": total,
             "warmup_steps": warmup, "vocab_size": tokenizer.vocab_size,
         },
@@ -257,6 +259,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         lambda looked_at: draw_predictions(looked_at, tokenizer, shown) if shown else None,
         *labelled,
     )
+    tally = None if isinstance(tokenizer, PixelTargets) else Tally(tokenizer.vocab_size).to(device)
     draw_every, probe_every = look_steps(settings.look_epochs, loader.steps_per_epoch, total)
     for step, batch in run.steps(
         model,
@@ -265,6 +268,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
         batches,
         settings.save_every,
         settings.seed,
+        tally=tally,
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
         look_every=probe_every,
@@ -281,9 +285,13 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
             network, tokenizer, batch, model.image_spec, settings.precision, device,
             settings.device_batch_size,
         )  # fmt: skip
+        if tally is not None:
+            if step % settings.log_every == 0:
+                tally.clear()
+            tally.add(guessed.used)
         state = update(optimizer, guessed.loss, settings.clip_grad_norm)
         if (step + 1) % settings.log_every == 0 or step + 1 == total:
-            run.log(step + 1, **guessed.in_numbers(), lr=lr, grad_norm=state.norm.item())
+            run.log(step + 1, **guessed.in_numbers(tally), lr=lr, grad_norm=state.norm.item())
 
     look(watch, run, model, total, tokenizer.vocab_size)
     if loader.bad_images.found:
@@ -299,7 +307,8 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     whole = distributed.unsharded(model, lambda: BeitForMaskedImageModeling(config)).eval()
     whole.image_spec = model.image_spec
     distributed.on_main(lambda: save(whole, run.out, provenance))
-    last = {k: v for k, v in run.read_metrics()[-1].items() if isinstance(v, (int, float))}
+    lines = run.read_metrics() or [{}]  # somebody may have removed them
+    last = {k: v for k, v in lines[-1].items() if isinstance(v, (int, float))}
     distributed.say(
         f"{run.out}: {counted(total, 'step')}, {how_it_ended(last, tokenizer.vocab_size)}; "
         f"see {run.out / 'report.html'}"
@@ -405,16 +414,19 @@ def length_of(settings: Pretrain, steps_per_epoch: int) -> tuple[int, int]:
 
 def starting_model(
     settings: Pretrain, vocab_size: int, tokenizer_hash: str
-) -> BeitForMaskedImageModeling:
-    """A fresh encoder of a named size, or the encoder of a trained model; both to guess V tokens.
+) -> tuple[BeitForMaskedImageModeling, str]:
+    """A fresh encoder of a named size, or the encoder of a trained model, both to guess V tokens; and what
+    it is known by.
 
     A trained one's head stays, unless it has learned another tokenizer's tokens.
     """
     torch.manual_seed(settings.seed)
     if is_size(settings.model):
         config, start = variant(settings.model, other_names()).for_pretraining(vocab_size), None
+        known_by = f"fresh {settings.model}"
     else:
         start = load_model(settings.model, dtype=torch.float32)
+        known_by = weights_hash(start)
         config = replace(start.config, use_mask_token=True, vocab_size=vocab_size, num_classes=0)
     if settings.init_values is not None:
         if start is not None and settings.init_values != config.init_values:
@@ -450,7 +462,7 @@ def starting_model(
         assert not unknown, f"tensors that passed for known are not: {unknown}"
         model.load_state_dict(taken, strict=False)
         print(f"{settings.model}: {report}", file=sys.stderr)
-    return model
+    return model, known_by
 
 
 # --- The step ------------------------------------------------------------------------------------
@@ -465,11 +477,11 @@ class Guessed(NamedTuple):
     right: Tensor  # of its hidden tokens, guessed exactly
     used: Tensor  # int64 (V,), how often its pictures have each token; (0,) for pixels
 
-    def in_numbers(self) -> dict[str, float]:
-        """As they are logged, over all processes, which all must call this."""
+    def in_numbers(self, tally: Tally | None) -> dict[str, float]:
+        """As they are logged, with the tokens since the line before. All processes must call this."""
         numbers = {"loss": self.loss.item()}
-        if len(self.used):
-            use = codebook_use(distributed.total(self.used).cpu().numpy())
+        if tally is not None:
+            use = tally.use()
             numbers["token_accuracy"] = (distributed.mean(self.right) / self.hidden).item()
             numbers["commonest_token"] = use.commonest
             numbers["target_perplexity"] = use.perplexity
@@ -619,9 +631,10 @@ def expected_ranges(
     guessing = f"above {blindly:.1%}, the share of the commonest token{published}"
     alive = f"not falling towards 1; {first[rank]:.0f} at step {first['step']}"
     waiting = f"{last.get('data_wait_percent', 0):.0f} %"
+    loss = "not finite" if last["loss"] is None else f"{last['loss']:.3f}"
     rows = [
         ("steps", f"{last['step']:,}", ""),
-        ("loss", f"{last['loss']:.3f}", f"below {blind:.3f}, which is guessing without looking"),
+        ("loss", loss, f"below {blind:.3f}, which is guessing without looking"),
         (f"{rank.replace('_', ' ')} of {width}", f"{now[rank]:.0f}", alive),
         ("waiting for pictures", waiting, "below 5 %; else more --workers"),
         ("updates left out, not finite", f"{last.get('skipped', 0)}", "0"),
@@ -637,6 +650,8 @@ def expected_ranges(
 
 def how_it_ended(last: dict[str, Any], vocab_size: int) -> str:
     """The last line of metrics, which may be of a step that was left out, in words."""
+    if not last:
+        return "its metrics are gone"
     loss = f"loss {last.get('loss', math.nan):.3f}"
     if "token_accuracy" not in last:
         return f"{loss}, 1 or less is guessing each patch's mean"

@@ -45,6 +45,7 @@ from beit.probe import (
     knn_scores,
     stratified_fifth,
 )
+from beit.ranges import Seed
 from beit.split import check_one_label, divide, take
 from beit.workers import load_ahead
 
@@ -73,7 +74,7 @@ class Probe:
     """Write the results to this .json as well."""
     baseline: Annotated[bool, Parameter(negative="--no-baseline")] = True
     """Probe the same network untrained beside it."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of the untrained network, the fifth that is held out, and the draws of few-shot."""
     batch_size: PositiveInt = 64
     precision: Precision = "auto"

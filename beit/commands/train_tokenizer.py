@@ -34,11 +34,12 @@ from beit.optim import adamw, cosine_schedule, param_groups, update
 from beit.plural import counted
 from beit.precision import Precision, autocast, resolve_precision
 from beit.progress import Progress
-from beit.ranges import CropScale, NotNegative, Share
+from beit.ranges import CropScale, NotNegative, Seed, Share
 from beit.report import Page
 from beit.run import Run, check_folder, read_metrics, surroundings
 from beit.settings import idle, settings_in_words
 from beit.split import data_hash
+from beit.tally import Tally
 from beit.tokenizer import DiscreteVAE, DiscreteVAEConfig, count_tokens
 from beit.tokenizer_files import save_tokenizer
 from beit.visualize import img_tag, line_chart, png_bytes, strip, to_bytes
@@ -102,7 +103,7 @@ class TrainTokenizer:
     """Share of a picture's area that a training crop covers."""
     hflip: Share = 0.5
     """Probability of mirroring; 0 for writing and signs."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of all that is drawn: weights, order, crops; the same one gives the same run."""
     precision: Precision = "auto"
     """bf16 where the processor has it (auto), or fp32."""
@@ -175,15 +176,16 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
         },
         surroundings(device, resolve_precision(settings.precision, device)),
     )  # fmt: skip
-    seen = Seen(settings.vocab_size).to(device)
+    tally = Tally(settings.vocab_size).to(device)
     network = distributed.wrap(tokenizer.train())
     for step, pictures in run.steps(
-        nn.ModuleDict({"tokenizer": tokenizer, "seen": seen}),
+        tokenizer,
         optimizer,
         total,
         batches,
         settings.save_every,
         settings.seed,
+        tally=tally,
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
         batch_size=min(settings.batch_size, len(source)),
@@ -197,15 +199,15 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
             group["lr"] = lr
         learned = learn(network, tokenizer, teacher, pictures, settings, device)
         if step % settings.log_every == 0:
-            seen.clear()
-        seen.add(learned.token_ids, learned.error)
+            tally.clear()
+        tally.add(count_tokens(learned.token_ids, settings.vocab_size), learned.error)
         update(optimizer, distributed.mean(learned.loss))
 
         if (step + 1) % settings.log_every == 0 or step + 1 == total:
-            use = codebook_use(seen.counts.cpu().numpy())
+            use = tally.use()
             run.log(
                 step + 1,
-                **in_words(tokenizer, seen.mean_error().item()),
+                **in_words(tokenizer, tally.mean_error()),
                 live_codes=use.live,
                 perplexity=use.perplexity,
                 lr=lr,
@@ -247,11 +249,12 @@ def finish(
         ),
         file=sys.stderr,
     )
+    less = settings.vocab_size // 4
+    fewer = f", or with fewer: --vocab-size {less}" if less >= 16 else ""
     if result["live_codes"] < 0.5 or result["perplexity"] < settings.vocab_size / 8:
         print(
             f"warning: {result['live_codes']:.0%} of the codes are alive, and used as unevenly as "
-            f"{result['perplexity']:.0f} would be evenly, so most tokens mean little. Train longer, or "
-            f"with fewer: --vocab-size {max(16, settings.vocab_size // 4)}",
+            f"{result['perplexity']:.0f} would be evenly, so most tokens mean little. Train longer{fewer}",
             file=sys.stderr,
         )
     again = shlex.join(["beit", "pretrain", str(settings.data), "--tokenizer", str(out)])
@@ -458,38 +461,6 @@ def learn(
 
 
 # --- How it goes ---------------------------------------------------------------------------------
-
-
-class Seen(nn.Module):
-    """Codes and errors of all processes since the last line of metrics. Buffers, so that they are saved
-    with the weights, and a line after a resume is the mean of all its steps."""
-
-    counts: Tensor
-    error: Tensor
-    steps: Tensor
-
-    def __init__(self, vocab_size: int) -> None:
-        super().__init__()
-        self.register_buffer("counts", torch.zeros(vocab_size, dtype=torch.int64))
-        self.register_buffer("error", torch.zeros(()))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-
-    def add(self, token_ids: Tensor, error: Tensor) -> None:
-        """Take in a step, unless it is not finite."""
-        error = distributed.mean(error.detach())
-        finite = error.isfinite()
-        self.counts += distributed.total(count_tokens(token_ids, len(self.counts))) * finite
-        self.error += torch.where(finite, error, 0)
-        self.steps += finite
-
-    def mean_error(self) -> Tensor:
-        """() of the steps since the last `clear`."""
-        return self.error / self.steps.clamp(min=1)
-
-    def clear(self) -> None:
-        """Begin a new line."""
-        for buffer in self.buffers():
-            buffer.zero_()
 
 
 def in_words(tokenizer: DiscreteVAE | VQKD, error: float) -> dict[str, float]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Cli
 
+import beit.commands.bench_pretrain
 from beit.commands.bench_pretrain import transformers_step
 from beit.flops import training_flops
 from beit.model import VARIANTS, BeitForMaskedImageModeling
@@ -41,6 +42,39 @@ def test_each_part_is_timed_and_mfu_is_its_share_of_the_peak(
             assert "mfu_percent" not in row
         else:
             assert row["mfu_percent"] == pytest.approx(100 * row["images_per_second"] * flops / 0.5e12)
+
+
+def test_what_was_read_ahead_is_used_up_before_the_clock_starts(
+    cli: Cli, shapes: Path, tokenizer: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches a process are ready when a turn comes: they took no time of it."""
+    asked: dict[str, list[int]] = {}
+    make_parts = beit.commands.bench_pretrain.make_parts
+
+    def noted(*args: Any) -> dict[str, Any]:
+        def note(name: str) -> Any:
+            return lambda steps: asked.setdefault(name, []).append(steps)
+
+        return {name: note(name) for name in make_parts(*args)}
+
+    monkeypatch.setattr(beit.commands.bench_pretrain, "make_parts", noted)
+    options = {"model": "beit_mini_patch8_32", "tokenizer": tokenizer.folder, "turns": 2, "steps": 3}
+    code, _, err = cli("bench-pretrain", shapes / "train", workers=5, **options)
+    assert code == 0, err
+    assert asked["loader"] == [1, 10, 3 * 16, 10, 3 * 16]
+    assert asked["all together"] == [1, 10, 3, 10, 3]
+    assert asked["model"] == [1, 3, 3]
+
+
+def test_the_peak_is_measured_in_each_turn(
+    cli: Cli, shapes: Path, tokenizer: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter([1e9, 9e9, 3e9])
+    monkeypatch.setattr(beit.commands.bench_pretrain, "measure_flops", lambda *_: next(rates))
+    options = {"model": "beit_mini_patch8_32", "tokenizer": tokenizer.folder, "turns": 3, "steps": 1}
+    code, out, err = cli("bench-pretrain", shapes / "train", "--json", **options)
+    assert code == 0, err
+    assert json.loads(out)["peak_tflops"] == 3e-3
 
 
 def test_bench_pretrain_may_be_two_words(cli: Cli) -> None:

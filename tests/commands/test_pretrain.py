@@ -70,7 +70,7 @@ def test_looks_tell_whether_it_works_and_change_no_weight(
     assert [look["step"] for look in looks] == [*range(0, 60, 6 * epoch), 60]
     names = {f"{kind}_{layer}" for kind in ("linear", "knn", "effective_rank") for layer in (2, 4)}
     for look in looks:
-        assert look.keys() == {"step", "pictures"} | names
+        assert look.keys() == {"step", "pictures", "read"} | names
         assert all(0 <= look[name] <= 1 for name in names if not name.startswith("effective"))
         assert 1 <= look["effective_rank_4"] <= 96
     page = (done.folder / "report.html").read_text()
@@ -131,16 +131,76 @@ def test_a_look_that_fails_later_ends_no_training(
         run(tmp_path / "first", "pretrain", shapes / "train", **options)
 
 
-def test_pictures_and_tokenizer_may_move_and_others_are_refused(
+def test_another_start_or_size_is_refused(
+    shapes: Path, tmp_path: Path, pretrained: Done, tokenizer: Done
+) -> None:
+    start = shutil.copytree(pretrained.folder, tmp_path / "start")
+    options = {**PRETRAIN, "tokenizer": tokenizer.folder, "model": start, "steps": 1}
+    run(tmp_path / "run", "pretrain", shapes / "train", **options)
+    weights = load_file(start / "model.safetensors")
+    name = next(name for name in weights if name.endswith("cls_token"))
+    save_file({**weights, name: weights[name] + 1}, start / "model.safetensors")
+    for model in (start, "beit_mini_patch8_32"):
+        with pytest.raises(ValueError, match=f"{model} is another model now"):
+            run(tmp_path / "run", "pretrain", shapes / "train", **{**options, "model": model})
+
+
+def test_a_page_is_made_where_the_last_loss_is_not_finite(
+    shapes: Path, tmp_path: Path, tokenizer: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**PRETRAIN, "tokenizer": tokenizer.folder, "log_every": 1, "steps": 3}
+    true_loss, steps = beit.commands.pretrain.masked_loss, list[int]()
+
+    def poisoned(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        steps.append(1)
+        return true_loss(logits, targets) * (math.inf if len(steps) == 3 else 1)
+
+    monkeypatch.setattr(beit.commands.pretrain, "masked_loss", poisoned)
+    done = run(tmp_path / "run", "pretrain", shapes / "train", **options)
+    assert done.metrics[-1]["loss"] is None
+    assert "look at step 3 failed" not in done.said
+    assert "not finite</td>" in (done.folder / "report.html").read_text()
+
+
+def test_a_finished_run_whose_metrics_are_gone_says_so(
+    shapes: Path, tmp_path: Path, tokenizer: Done
+) -> None:
+    options = {**PRETRAIN, "tokenizer": tokenizer.folder, "steps": 1}
+    done = run(tmp_path / "run", "pretrain", shapes / "train", **options)
+    (done.folder / "metrics.jsonl").unlink()
+    again = run(tmp_path / "run", "pretrain", shapes / "train", **options)
+    assert "1 step, its metrics are gone" in again.said
+
+
+def test_tokens_are_counted_from_line_to_line_a_stop_between_or_not(
+    shapes: Path, tmp_path: Path, tokenizer: Done
+) -> None:
+    """A line of four steps, or four lines of one: the same tokens, whose perplexity is of all together."""
+    options = {**PRETRAIN, "tokenizer": tokenizer.folder, "batch_size": 3, "steps": 4, "lr": 0}
+    each = run(tmp_path / "each", "pretrain", shapes / "train", **{**options, "log_every": 1})
+    whole = run(tmp_path / "run", "pretrain", shapes / "train", **{**options, "save_every": 2})
+    (line,) = whole.metrics
+    entropies = [math.log(metric["target_perplexity"]) for metric in each.metrics]
+    assert math.log(line["target_perplexity"]) > np.mean(entropies) + 0.01  # Jensen
+    shutil.rmtree(whole.folder / "checkpoints" / "step-00000004")
+    (whole.folder / "config.json").unlink()
+    again = run(tmp_path / "run", "pretrain", shapes / "train", **{**options, "save_every": 2})
+    assert "going on from step 2" in again.said
+    for key in ("target_perplexity", "commonest_token"):
+        assert again.metrics[-1][key] == line[key]
+
+
+def test_pictures_tokenizer_and_start_may_move_and_others_are_refused(
     shapes: Path, tmp_path: Path, pretrained: Done, tokenizer: Done, broken_run: Broken
 ) -> None:
-    for place, name in ((shapes / "train", "pictures"), (tokenizer.folder, "tokens")):
+    places = {"pictures": shapes / "train", "tokens": tokenizer.folder, "start": pretrained.folder}
+    for name, place in places.items():
         shutil.copytree(place, tmp_path / name)
-    options = {**PRETRAIN, "tokenizer": tmp_path / "tokens", "steps": 3}
+    options = {**PRETRAIN, "tokenizer": tmp_path / "tokens", "model": tmp_path / "start", "steps": 3}
     first = run(tmp_path / "run", "pretrain", tmp_path / "pictures", **options)
-    for name in ("pictures", "tokens"):
+    for name in places:
         (tmp_path / name).rename(tmp_path / f"moved-{name}")
-    options["tokenizer"] = tmp_path / "moved-tokens"
+    options |= {"tokenizer": tmp_path / "moved-tokens", "model": tmp_path / "moved-start"}
     again = run(tmp_path / "run", "pretrain", tmp_path / "moved-pictures", **options)
     assert f"run: data was '{tmp_path}/pictures', now '{tmp_path}/moved-pictures'" in again.said
     same_weights(again, first)

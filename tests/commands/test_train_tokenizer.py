@@ -385,6 +385,8 @@ def test_a_trained_model_may_be_the_teacher(shapes: Path, pretrained: Done, tmp_
     target = model_features(load_model(pretrained.folder), (4, 4), pictures(shapes))
     cosine = F.cosine_similarity(said, target, dim=-1).mean().item()
     assert done.result["cosine"] == pytest.approx(cosine, abs=1e-4)
+    options["teacher"] = pretrained.folder / ".." / pretrained.folder.name
+    assert run(tmp_path / "run", NAME, shapes / "train", **options).result == done.result
 
 
 def test_a_teachers_features_are_those_of_its_own_size_and_statistics(pretrained: Done) -> None:
