@@ -12,6 +12,9 @@ BIN := .venv/bin
 DEMO_ARGS ?=
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
+# What Python compiles at its first import is kept, whatever the shell says; all that pip installs would take a minute.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test check bench chaos chaos-embed soak clean
 .DELETE_ON_ERROR:
 
@@ -44,7 +47,7 @@ soak: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[all,dev]"
 	touch $@
 
 clean:

@@ -90,3 +90,12 @@ def test_a_given_peak_wins_and_another_device_is_measured() -> None:
         mock.patch("beit.flops.measured_flops", return_value=5.0),
     ):
         assert peak_flops(torch.device("cuda"), "bf16")[0] == 5.0
+
+
+def test_data_sheets_tell_of_bf16_alone() -> None:
+    with (
+        mock.patch("torch.cuda.get_device_name", return_value="NVIDIA H100 80GB HBM3"),
+        mock.patch("beit.flops.measured_flops", return_value=5.0),
+    ):
+        assert peak_flops(torch.device("cuda"), "bf16")[0] == 989e12
+        assert peak_flops(torch.device("cuda"), "fp32")[0] == 5.0
