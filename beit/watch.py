@@ -90,7 +90,8 @@ class Watch:
             if look.get("pictures", self.pictures) == self.pictures
             and all(f"effective_rank_{i}" in look for i in self.layers)
         ]
-        return [look for look in these if look.get("read") == these[-1].get("read")]
+        read = these[-1].get("read") if these else None
+        return [look for look in these if look.get("read", read) == read]
 
     def look(self, model: Beit, step: int, probe: bool = True) -> None:
         """Draw, and probe unless that is left to a later look; the model stays in the mode it was in."""

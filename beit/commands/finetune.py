@@ -42,7 +42,7 @@ from beit.optim import EMA, adamw, cosine_schedule, param_groups, set_learning_r
 from beit.plural import counted
 from beit.precision import Precision, autocast, resolve_precision
 from beit.ranges import AboveZero, BelowOne, Compile, CropScale, Magnitude, NotNegative, Seed, Share
-from beit.run import Run, check_folder, surroundings
+from beit.run import Run, check_folder, surroundings, weights_hash
 from beit.settings import describe_settings, idle
 from beit.split import data_hash, write_split
 from beit.validation import Validation, logits_of, score
@@ -198,8 +198,9 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
     model = starting_model(settings, start, data.classes).to(device)
     run = Run(out, settings, settings.overwrite)
     pictures = {"train": len(data.train.source), "val": len(data.val.source) if data.val else 0}
+    begun_from = f"fresh {settings.model}" if start is None else weights_hash(start)
     run.begin(
-        {**pictures, "data_hash": hashes["data_hash"]},
+        {**pictures, "data_hash": hashes["data_hash"], "model_hash": begun_from},
         surroundings(device, resolve_precision(settings.precision, device)),
     )
     if data.held_out and data.val is not None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ENVIRONMENT, Cli, command_line, write_shapes
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import beit.commands.finetune
 import beit.finetune_defaults
@@ -428,6 +428,21 @@ def test_the_average_of_the_weights_is_validated_and_saved(shapes: Path, tmp_pat
     torch.testing.assert_close(done.weights["classifier.weight"], average)
     said = done.result["val_accuracy"]
     assert said == read_metrics(done.folder / "validation.jsonl")[-1]["accuracy"]
+
+
+def test_the_start_may_move_and_another_is_refused(
+    shapes: Path, tmp_path: Path, pretrained: Done
+) -> None:
+    start = shutil.copytree(pretrained.folder, tmp_path / "start")
+    options = {**FINETUNE, "steps": 1, "method": "full"}
+    first = run(tmp_path / "run", "finetune", shapes, model=start, **options)
+    start = start.rename(tmp_path / "moved")
+    same_weights(run(tmp_path / "run", "finetune", shapes, model=start, **options), first)
+    weights = load_file(start / "model.safetensors")
+    name = next(name for name in weights if name.endswith("cls_token"))
+    save_file({**weights, name: weights[name] + 1}, start / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{start} is another model now"):
+        run(tmp_path / "run", "finetune", shapes, model=start, **options)
 
 
 def test_the_best_epoch_is_kept_and_a_broken_run_keeps_the_same(
