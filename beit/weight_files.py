@@ -35,14 +35,22 @@ class CheckpointError(ValueError):
     exit_code = 5
 
 
+# Other files of a training's checkpoint, and what they are.
+BESIDE_WEIGHTS = {
+    "optimizer.safetensors": "an optimiser keeps",
+    "tally.safetensors": "a training counts",
+}
+
+
 def file_tensors(path: Path) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
     """What a file holds, the state dict in it, and what lay beside that dict."""
     if is_graph(path):
         raise CheckpointError(f"{path} is {GRAPH.format('')}")
     if path.suffix == ".toml":
         raise CheckpointError(f"{path} is settings, not a model; its folder may be one")
-    if path.name == "optimizer.safetensors":
-        raise CheckpointError(f"{path} is what an optimiser keeps; the weights are in model.safetensors")
+    if path.name in BESIDE_WEIGHTS:
+        kept = BESIDE_WEIGHTS[path.name]
+        raise CheckpointError(f"{path} is what {kept}; the weights are in model.safetensors")
     content = read_weights(path)
     if isinstance(content, Inert):
         return content, module_tensors(content), {}

@@ -280,6 +280,8 @@ def test_what_stands_beside_models_is_said_to_be_what_it_is(tmp_path: Path) -> N
     save_file({"blocks.0.attn.qkv.weight.exp_avg": torch.zeros(2)}, moments)
     refused(moments, "is what an optimiser keeps; the weights are in model.safetensors")
     refused(tmp_path, "is a checkpoint of a training", str(tmp_path / "model.safetensors"))
+    save_file({"counts": torch.zeros(2)}, tmp_path / "tally.safetensors")
+    refused(tmp_path / "tally.safetensors", "is what a training counts; the weights are in model.saf")
     moments.unlink()
     (tmp_path / "shards.json").write_text("{}")
     refused(tmp_path, "holds shards of pictures, to be given as DATA")
