@@ -12,7 +12,8 @@ BIN := .venv/bin
 DEMO_ARGS ?=
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
-# What Python compiles at its first import is kept, whatever the shell says; all that pip installs would take a minute.
+# What Python compiles at its first import is kept, whatever the shell says: to compile all that pip installs
+# takes a minute.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test check bench chaos chaos-embed soak clean

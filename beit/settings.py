@@ -113,7 +113,7 @@ def check_spared(out: Path, settings: Any) -> None:
         if key == "out" or not isinstance(value, (str, Path)):
             continue
         place = Path(value)
-        there = place.exists() or "*" in str(value)
+        there = place.exists() or any(sign in str(value) for sign in "*?[")  # a pattern
         if there and folder in (place.resolve(), *place.resolve().parents):
             raise RunError(
                 f"--overwrite would delete {value}, which this command reads, with all that is in {out}; "

@@ -318,6 +318,11 @@ def test_an_impossible_mask_is_refused_with_what_is_allowed(
         sample_mask(rng=np.random.default_rng(0), **arguments)
 
 
+def test_a_grid_of_one_patch_is_refused_without_a_range_that_is_empty() -> None:
+    with pytest.raises(ValueError, match="one patch leaves nothing to guess it from"):
+        sample_mask((1, 1), 1, np.random.default_rng(0), min_block=1)
+
+
 def test_random_masks_hide_each_patch_alike_and_exactly_so_many() -> None:
     rng = np.random.default_rng(0)
     drawn = np.stack([sample_random_mask((5, 7), 12, rng) for _ in range(4000)])

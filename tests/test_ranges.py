@@ -16,7 +16,7 @@ BEYOND = [
     ),
     *((command, "hflip", wrong) for command in TRAININGS for wrong in (-0.1, 1.1, "nan")),
     *((command, "max_bad_images", wrong) for command in (*TRAININGS, "check") for wrong in (-1, 3)),
-    *((command, "seed", -1) for command in TRAININGS),
+    *((command, "seed", bad) for command in TRAININGS for bad in (-1, 2**63)),
     *((command, name, "inf") for command in TRAININGS for name in ("lr", "min_lr", "warmup_epochs")),
     *((command, "crop_ratio", wrong) for command in TRAININGS[1:] for wrong in (0, 1.5)),
     *((command, "drop_path", wrong) for command in TRAININGS[1:] for wrong in (-0.1, 1)),

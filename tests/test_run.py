@@ -995,6 +995,8 @@ def test_overwrite_spares_what_the_command_reads(tmp_path: Path, inside: str) ->
     (out / inside).mkdir(exist_ok=True)
     with pytest.raises(RunError, match=rf"--overwrite would delete {out / inside}, which this command"):
         check_folder(out, Settings(data=out / inside), overwrite=True)
+    with pytest.raises(RunError, match="--overwrite would delete"):
+        check_folder(out, Settings(data=out / "photos" / "?.png"), overwrite=True)
     check_folder(out, Settings(data=tmp_path), overwrite=True)  # the run lies in what is read: as before
     beside = tmp_path / "run.photos"
     beside.mkdir()
