@@ -24,7 +24,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from beit.atomic import not_there
-from beit.image import IMAGE_EXTENSIONS, BadImage, OpenImage, open_image
+from beit.image import IMAGE_EXTENSIONS, BadImage, OpenImage, has_no_answer, open_image
 from beit.listing import (
     Listing,
     Places,
@@ -322,6 +322,17 @@ def batch_at(
     return [(epoch, int(index)) for index in order[rank::world]]
 
 
+def check_share(num_samples: int, batch_size: int, world: int) -> None:
+    """Refuse fewer pictures than several processes need for a batch. Raises ValueError."""
+    if world > 1 and num_samples < batch_size:
+        below = num_samples // world * world
+        raise ValueError(
+            f"too few for a batch of {batch_size} over {world} processes: "
+            f"{counted(num_samples, 'picture')}; "
+            + (f"use --batch-size {below} or less" if below else "use one process")
+        )
+
+
 # --- Bad pictures --------------------------------------------------------------------------------
 
 
@@ -352,7 +363,8 @@ class BadImages:
     def __init__(self, file: Path, num_samples: int, budget: float) -> None:
         """file: a .csv, made with the first bad picture and gone on with where it exists.
 
-        budget: share of the pictures that may be bad; one may always be, unless it is 0.
+        budget: share of the `num_samples` pictures that may be bad; one may always be, unless it is 0.
+        The file may name others too, of higher numbers: those of a validation.
         """
         if not 0 <= budget <= 1:
             raise ValueError(f"max_bad_images {budget} is not a share from 0 to 1; 0.01 is usual")
@@ -380,10 +392,11 @@ class BadImages:
                 "there? When it is, the same command goes on"
             )
         allowed = math.ceil(self.budget * self.num_samples)
-        if new and len(self.found) > allowed:
+        counting = [b for b in self.found.values() if b.sample < self.num_samples]
+        if bad and len(counting) > allowed:  # also those of before, given the command again
             raise TooManyBadImages(
-                f"{len(self.found):,} of {counted(self.num_samples, 'picture')} cannot be read, where "
-                f"{self.budget:.1%} ({allowed:,}) may: {_shown(self.found.values())}; all are listed in "
+                f"{len(counting):,} of {counted(self.num_samples, 'picture')} cannot be read, where "
+                f"{self.budget:.1%} ({allowed:,}) may: {_shown(counting)}; all are listed in "
                 f"{self.file}. Raise --max-bad-images and the same command goes on, or mend them and begin "
                 "in another --out"
             )
@@ -424,13 +437,7 @@ class Loader:
     ) -> None:
         if batch_size % world:
             raise ValueError(f"batch_size {batch_size} does not divide among {world} processes")
-        if world > 1 and len(source) < batch_size:
-            below = len(source) // world * world
-            raise ValueError(
-                f"too few for a batch of {batch_size} over {world} processes: "
-                f"{counted(len(source), 'picture')}; "
-                + (f"use --batch-size {below} or less" if below else "use one process")
-            )
+        check_share(len(source), batch_size, world)
         self.source, self.batch_size, self.seed, self.workers = source, batch_size, seed, workers
         self.bad_images, self.rank, self.world = bad_images, rank, world
         self._unreadable: set[int] = set()
@@ -450,9 +457,10 @@ class Loader:
         world: int = 1,
     ) -> Loader:
         """A rank's share of a run's batches. Pictures that it cannot read go to bad_images.csv in `out`,
-        or bad_images-RANK.csv but in rank 0; `budget` is a share of its share."""
+        or bad_images-RANK.csv but in rank 0; of all pictures, as it comes to see others each epoch, not
+        more than `budget` may be among them."""
         file = out / (f"bad_images-{rank}.csv" if rank else "bad_images.csv")
-        bad_images = BadImages(file, max(1, len(source) // world), budget)
+        bad_images = BadImages(file, len(source), budget)
         return cls(source, batch_size, seed, workers, bad_images, rank, world)
 
     @property
@@ -473,25 +481,47 @@ class Loader:
             yield made.samples
 
     def _make(self, step: int, prepare: Callable[[OpenImage, np.random.Generator], T]) -> _Made[T]:
-        samples: list[tuple[int, T]] = []
-        bad: list[Bad] = []
-        size, seed = len(self.source), self.seed
-        for epoch, index in batch_at(step, size, self.batch_size, seed, self.rank, self.world):
-            for chosen in self._candidates(epoch, index):
+        made: _Made[T] = _Made([], [], 0)
+        size = len(self.source)
+        for place in batch_at(step, size, self.batch_size, self.seed, self.rank, self.world):
+            if not self._add(made, *place, prepare):
+                return made._replace(in_a_row=min(MOST_IN_A_ROW, size))
+        return made
+
+    def _add(
+        self,
+        made: _Made[T],
+        epoch: int,
+        index: int,
+        prepare: Callable[[OpenImage, np.random.Generator], T],
+    ) -> bool:
+        """Add a sample to a batch, or the next that can be read; whether there is one."""
+        silent: list[int] = []  # no answer came: is it the disk, or the picture?
+
+        def one_of(candidates: Iterable[int], last: bool) -> bool:
+            for chosen in candidates:
                 if chosen in self._unreadable:
                     continue
                 try:
                     # The place keeps its draws, so that a stand-in is not the same crop twice.
-                    value = prepare(self._open(chosen), sample_rng(seed, epoch, index))
+                    value = prepare(self._open(chosen), sample_rng(self.seed, epoch, index))
                 except BadImage as error:
-                    bad.append(Bad(chosen, self.source.name(chosen), error.code, error.reason))
+                    if has_no_answer(error) and not last:
+                        silent.append(chosen)
+                        continue
+                    made.bad.append(Bad(chosen, self.source.name(chosen), error.code, error.reason))
                     self._unreadable.add(chosen)
                 else:
-                    samples.append((chosen, value))
-                    break
-            else:
-                return _Made(samples, bad, min(MOST_IN_A_ROW, size))
-        return _Made(samples, bad, 0)
+                    made.samples.append((chosen, value))
+                    return True
+            return False
+
+        found = one_of(self._candidates(epoch, index), last=False)
+        if silent and one_of(silent, last=True):  # the disk answers again
+            if found:
+                del made.samples[-2]
+            return True
+        return found
 
     def _open(self, index: int) -> OpenImage:
         """A picture; a small one whole, kept or not, so that its pixels are always the same."""

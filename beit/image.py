@@ -89,6 +89,13 @@ class BadImage(ValueError):
         return f"{self.path}: {self.reason}"
 
 
+def has_no_answer(error: BaseException) -> bool:
+    """Whether it was the disk or the network that failed, which says nothing of the picture."""
+    cause = error.__cause__ if isinstance(error, BadImage) else error
+    gone = isinstance(cause, (ConnectionError, TimeoutError))
+    return gone or getattr(cause, "errno", None) in PASSING
+
+
 def patiently(ask: Callable[P, T]) -> Callable[P, T]:
     """What reads a file, asking twice more where the disk or the network did not answer.
 
@@ -102,9 +109,7 @@ def patiently(ask: Callable[P, T]) -> Callable[P, T]:
             try:
                 return ask(*args, **kwargs)
             except (BadImage, OSError) as error:
-                cause = error.__cause__ if isinstance(error, BadImage) else error
-                gone = isinstance(cause, (ConnectionError, TimeoutError))
-                if not (gone or getattr(cause, "errno", None) in PASSING):
+                if not has_no_answer(error):
                     raise
             time.sleep(pause)
         return ask(*args, **kwargs)

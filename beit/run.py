@@ -137,9 +137,16 @@ class Run:
     def begin(self, same: Mapping[str, Any], told: Mapping[str, Any]) -> None:
         """Keep what the settings came to, or hold it against what a run that goes on began with.
 
-        same: what must not change, such as a hash of the pictures. told: what may, and is then said.
-        Raises RunError.
+        same: what must not change, such as a hash of the pictures, and what all processes must have alike.
+        told: what may, and is then said. Raises RunError.
         """
+        for rank, other in enumerate(distributed.on_each(lambda: dict(same))):
+            if differing := [key for key in same if other[key] != same[key]]:
+                both = ", ".join(f"{key} {same[key]} and {other[key]}" for key in differing)
+                raise RunError(
+                    f"processes {distributed.rank()} and {rank} do not work from the same: {both}. Give "
+                    "all nodes the same files"
+                )
         distributed.on_main(lambda: self._begin(same, told))
 
     def _begin(self, same: Mapping[str, Any], told: Mapping[str, Any]) -> None:
@@ -216,6 +223,24 @@ class Run:
         began = time.perf_counter()
         yield
         self._pace.began += time.perf_counter() - began
+
+    def look(self, step: int, work: Callable[[], object], is_first: bool) -> None:
+        """Look at what is trained, in the main process; all must call this.
+
+        What goes wrong in the first look ends the run; after that it is said, and the training goes on.
+        """
+
+        def guarded() -> None:
+            try:
+                work()
+            except (OSError, Stopped):
+                raise
+            except Exception as error:
+                if is_first:
+                    raise
+                distributed.say(f"the look at step {step} failed, and the training goes on: {error}")
+
+        distributed.on_main(guarded)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All logged lines; one broken by a crash is left out."""
@@ -363,9 +388,9 @@ class Run:
         keep_last, keep_every: the newest checkpoints that stay, and those of every so many steps.
         look_every: steps between looks that may take long. Before one there is a checkpoint where the last
         is a minute old; of a sharded run always, as its parts cannot meet in one.
-        max_skipped: updates in a row that `optim.update` may leave out. Then, or where a checkpoint
-        would not be finite, the run goes back to the last one; the second time it passes over the batches
-        it met there, the third time it raises NotFinite.
+        max_skipped: updates in a row that `optim.update` may leave out; no checkpoint is written between
+        them. Then, or where a checkpoint would not be finite, the run goes back to the last one; the second
+        time it passes over the batches it met there, the third time it raises NotFinite.
         batch_size, flops_per_image, peak_flops: pictures a step and FLOPs a picture over all processes,
         FLOP/s of one: for the numbers that `log` adds. tensorboard: log there too.
 
@@ -384,6 +409,7 @@ class Run:
         if look_every and training.is_sharded:
             saves_at.append(look_every)
         tried: list[int] = []  # the checkpoints that were gone back to
+        owed = False  # a checkpoint, put off
         self._pace = Pace(batch_size, flops_per_image, peak_flops * distributed.size(), watch.device)
         self._progress = progress = Progress(name, total, quiet=not distributed.is_main())
 
@@ -397,12 +423,8 @@ class Run:
                 elif not distributed.is_main():
                     time.sleep(4)  # while the main process saves
                 elif training.is_finite_here() and not training.is_sharded:
-                    files = training.tensors()
-                    files["model.safetensors"] |= watch.buffers
-                    if watch.tallied:
-                        files["tally.safetensors"] = watch.tallied
                     try:
-                        self._write(training, files, keep_last, keep_every)
+                        self._write(training, watch.tensors(), keep_last, keep_every)
                         what = stopped_at(training.step, total, self._again)
                     except CannotWrite as error:
                         what, code = str(error), error.exit_code
@@ -422,12 +444,13 @@ class Run:
                     try:
                         with self._pace.waiting():
                             batch = next(ahead)
-                    except Exception:  # of the pictures, or of who reads them
-                        with watch.lock:
-                            self._save_here(training, keep_last, keep_every)
+                        torch.manual_seed(step_seed(seed, step + training.jumped, distributed.rank()))
+                        yield step, batch
+                    except (Exception, GeneratorExit):
+                        # Of the pictures, of who reads them, or of the loop: it is over, perhaps because
+                        # another process is.
+                        self._save_here(training, watch, keep_last, keep_every)
                         raise
-                    torch.manual_seed(step_seed(seed, step + training.jumped, distributed.rank()))
-                    yield step, batch
                     training.step = step + 1
                     progress.update(training.step, self.latest)
                     saving = any(training.step % steps == 0 for steps in saves_at)
@@ -437,18 +460,21 @@ class Run:
                         bool(stop),
                         time.monotonic() - saved > most_s,
                         (step, batch),
-                        wait=saving or looks,
+                        wait=saving or looks or owed,
                         most=max_skipped,
                     )
                     if bad is not None:
                         self._capture(training, bad[0], bad[1], seed)
-                    saving = saving or stopping or due
+                    saving = saving or stopping or due or owed
+                    owed = False
                     if training.in_a_row >= max_skipped or (saving and not training.is_finite()):
                         with watch.lock:
                             self._roll_back(training, tried)
                             watch.forget()
                         close(ahead)
                         ahead = from_here()
+                    elif saving and training.in_a_row and not stopping and training.step < total:
+                        owed = True  # or the run would go back to where it was no better
                     elif saving:
                         with watch.lock:
                             watch.leaving = stopping
@@ -472,14 +498,18 @@ class Run:
     def _is_saved(self, step: int) -> bool:
         return any(step_of(folder) == step for folder in snapshots(self.checkpoints))
 
-    def _save_here(self, training: Training, keep_last: int, keep_every: int) -> None:
-        """Save between steps, by the main process alone, if that can be; it is about to end."""
-        alone = distributed.is_main() and not training.is_sharded
-        saved = self._is_saved(training.step)
-        if alone and training.step and not saved and training.is_finite_here():
-            with suppress(CannotWrite):
-                self._write(training, training.tensors(), keep_last, keep_every)
+    def _save_here(
+        self, training: Training, watch: OptimizerWatch, keep_last: int, keep_every: int
+    ) -> None:
+        """Save what is done, by the main process alone, if that can be; what ends the run is told later."""
+        alone = distributed.is_main() and not training.is_sharded and training.step > 0
+        if not alone or not watch.lock.acquire(blocking=False):  # it ended while the weights changed
+            return
+        with suppress(Exception):
+            if not self._is_saved(training.step) and training.is_finite_here():
+                self._write(training, watch.tensors(), keep_last, keep_every)
                 distributed.say(f"{self.out.name}: step {training.step} is saved")
+        watch.lock.release()
 
     def _roll_back(self, training: Training, tried: list[int]) -> None:
         """Load the last checkpoint, and note it in `tried`; from the second time on with other batches."""

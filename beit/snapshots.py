@@ -140,7 +140,8 @@ class _Joined(Mapping[str, Tensor]):
 
 def snapshots(parent: Path) -> list[Path]:
     """All snapshots in a folder, the newest last."""
-    return sorted(f for f in parent.glob("step-*") if f.name[5:].isdecimal())  # no copies of people's
+    found = (f for f in parent.glob("step-*") if f.name[5:].isdecimal())  # no copies of people's
+    return sorted(found, key=lambda folder: int(folder.name[5:]))
 
 
 def drop(folder: Path) -> None:

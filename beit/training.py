@@ -138,6 +138,14 @@ class OptimizerWatch:
         self.training.step += 1
         self.lock.release()
 
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All there is to save as it was after the last update, whatever has been begun since."""
+        files = self.training.tensors()
+        files["model.safetensors"] |= self.buffers
+        if self.tallied:
+            files["tally.safetensors"] = self.tallied
+        return files
+
     def forget(self) -> None:
         """Of the steps before the run went back nothing is to be known any more."""
         self.waiting.clear()

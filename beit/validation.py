@@ -25,6 +25,7 @@ from beit import distributed
 from beit.atomic import CannotWrite, write_atomically
 from beit.data import ImageSource
 from beit.engine import Engine
+from beit.image import BadImage
 from beit.metrics import (
     average_precision,
     binary_cross_entropy,
@@ -33,7 +34,7 @@ from beit.metrics import (
 )
 from beit.model import BeitForImageClassification
 from beit.precision import Precision
-from beit.run import read_metrics
+from beit.run import NotFinite, read_metrics
 from beit.snapshots import drop, load_snapshot, snapshots, write_snapshot
 from beit.split import take
 
@@ -52,14 +53,18 @@ def score(logits: np.ndarray, truth: np.ndarray) -> Line:
 
 
 def logits_of(engine: Engine, source: ImageSource) -> np.ndarray:
-    """Logits (n, C) float32 of all pictures, each process having seen its share. Raises BadImage."""
+    """Logits (n, C) float32 of all pictures, each process seeing its share. Raises BadImage, in all."""
     world, rank = distributed.size(), distributed.rank()
     if world == 1:
         return engine.logits_of(source)
     logits = np.zeros((len(source), len(engine.labels)), dtype=np.float32)
     share = np.arange(rank, len(source), world)
-    if len(share):
-        logits[share] = engine.logits_of(take(source, share))
+
+    def look() -> None:
+        if len(share):
+            logits[share] = engine.logits_of(take(source, share))
+
+    distributed.on_each(look)
     return distributed.total(torch.from_numpy(logits)).numpy()
 
 
@@ -87,11 +92,23 @@ class Validation:
         return max(self.lines, key=lambda step: _rank(self.lines[step]))
 
     def look(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        """Score the weights that a run has after a step, unless that is known; keep them if best."""
+        """Score the weights that a run has after a step, unless that is known; keep them if best.
+
+        A look at a picture that cannot be read, or with a loss that is not finite, is told and left out,
+        but in a run that has none yet: raises BadImage, or NotFinite.
+        """
         if step in self.lines:
             return
         self.engine.model.load_state_dict(weights, strict=False)
-        line = score(logits_of(self.engine, self.source), self.truth)
+        try:
+            line = score(logits_of(self.engine, self.source), self.truth)
+            if not math.isfinite(line["loss"]):
+                raise NotFinite(f"the loss on the validation pictures is {line['loss']}")
+        except (BadImage, NotFinite) as error:
+            if not self.lines:
+                raise
+            distributed.say(f"the look at step {step} is left out, and the training goes on: {error}")
+            return
         is_best = not self.lines or _rank(line) > _rank(self.lines[self.best])
         self.lines[step] = line
         distributed.on_main(lambda: self._keep(step, weights if is_best else None))

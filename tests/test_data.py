@@ -508,10 +508,11 @@ def test_a_bad_picture_gives_way_to_the_next_position_and_keeps_its_draws(
     ("code", "times", "asked", "listed"),
     [
         (errno.EIO, 2, 3, 0),  # a disk that recovers loses nothing
-        (errno.ETIMEDOUT, 9, 3, 1),
+        (errno.ETIMEDOUT, 5, 6, 0),  # when another has been read, so that the disk is there
+        (errno.ETIMEDOUT, 9, 6, 1),
         (errno.EACCES, 9, 1, 1),  # will be so the next time too
     ],
-    ids=["recovers", "does-not", "forbidden"],
+    ids=["recovers", "recovers late", "does-not", "forbidden"],
 )
 def test_a_disk_that_does_not_answer_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, times: int, asked: int, listed: int
@@ -537,6 +538,30 @@ def test_a_disk_that_does_not_answer_is_asked_again(
     assert (3 in [index for index, _ in batch]) == (not listed)
     for index, (red, _) in batch:
         assert index == red
+
+
+def test_while_a_disk_is_away_no_picture_is_bad_and_none_stands_in_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = put_with_bad(tmp_path, 12, {5})
+    (tmp_path / "before").mkdir()
+    before = loader_of(source, tmp_path / "before", workers=0, batch_size=6)
+    wanted = list(before.batches(range(4), draw))
+    opened, calls = os.open, 0
+
+    def away(path: Any, *rest: Any) -> int:
+        nonlocal calls
+        if str(path).endswith(".png"):
+            calls += 1
+            if 4 < calls < 21:  # five or six pictures, three times each
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, *rest)
+
+    monkeypatch.setattr("beit.image.os.open", away)
+    monkeypatch.setattr("beit.image.PAUSES_S", (0.0, 0.0))
+    loader = loader_of(source, tmp_path, workers=0, batch_size=6)
+    assert list(loader.batches(range(4), draw)) == wanted
+    assert set(loader.bad_images.found) == {5}
 
 
 @pytest.mark.parametrize("where", ["a path", "a table", "a glimpse"])
@@ -620,6 +645,39 @@ def test_a_share_of_the_pictures_may_be_bad_and_one_always_unless_none(
     bad_images.add(bad[:allowed])
     with pytest.raises(TooManyBadImages):
         bad_images.add(bad[allowed:])
+
+
+def test_the_budget_is_of_all_pictures_however_many_processes_share_them(tmp_path: Path) -> None:
+    """A process comes to see others each epoch, so it meets all that are bad."""
+    bad = [Bad(number, f"{number}.png", "unreadable", "why") for number in range(5)]
+    source = put_with_bad(tmp_path, 40, set())
+    for rank in range(8):
+        loader = Loader.of_run(source, 8, 0, 0, tmp_path, 0.1, rank, 8)
+        loader.bad_images.add(bad[:4])
+        with pytest.raises(
+            TooManyBadImages, match=r"5 of 40 pictures cannot be read, where 10.0% \(4\) may"
+        ):
+            loader.bad_images.add(bad[4:])
+
+
+def test_the_same_command_again_is_over_the_budget_too(tmp_path: Path) -> None:
+    bad = [Bad(number, f"{number}.png", "unreadable", "why") for number in range(3)]
+    for _ in range(2):
+        with pytest.raises(TooManyBadImages):
+            BadImages(tmp_path / "bad.csv", 10, 0.1).add(bad)
+    assert len(rows_of(tmp_path / "bad.csv")) == 3
+    BadImages(tmp_path / "bad.csv", 10, 0.3).add(bad)
+
+
+def test_pictures_of_a_validation_do_not_count(tmp_path: Path) -> None:
+    file = tmp_path / "bad.csv"
+    BadImages(file, 200, 0.01).add([Bad(150, "v.png", "unreadable", "why")])
+    ours = [Bad(number, f"{number}.png", "unreadable", "why") for number in range(2)]
+    train = BadImages(file, 100, 0.01)
+    train.add(ours[:1])
+    with pytest.raises(TooManyBadImages, match="2 of 100 pictures") as stopped:
+        train.add(ours[1:])
+    assert "v.png" not in str(stopped.value)
 
 
 def test_a_budget_that_is_no_share_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ENVIRONMENT
+from forked import ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -165,6 +165,21 @@ def work(folder: Path, *names: str) -> None:
         (folder / f"rank-{rank}.json").write_text(json.dumps(told))
 
 
+def work_of(folder: str, *names: str) -> None:
+    """`work`, of a process that was forked."""
+    work(Path(folder), *names)
+
+
+def begin_with(folder: str, *pictures: str) -> None:
+    """Begin a run with as many pictures as are told to this rank."""
+    with distributed.joined("cpu"):
+        run = Run(Path(folder), Settings())
+        try:
+            run.begin({"pictures": int(pictures[distributed.rank()]), "data_hash": "a"}, {})
+        except RunError as error:
+            print(error)
+
+
 @dataclass
 class Together:
     """Processes that have ended: what each told, what all said."""
@@ -190,20 +205,9 @@ def torchrun(folder: Path, processes: int, *names: str) -> Together:
 
 
 def by_hand(folder: Path, processes: int, *names: str) -> Together:
-    """As srun does: a process for each rank, told by its environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": f"{processes}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, str(folder), *names],
-            env=ENVIRONMENT | shared | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=300)[1] for process in running]
+    """As srun does."""
+    running = ranks(processes, work_of, folder, *names)
+    said = [process.communicate()[1] for process in running]
     assert [process.returncode for process in running] == [0] * processes, said
     return told_by(folder, processes, "".join(said))
 
@@ -417,6 +421,18 @@ def test_sums_are_over_all_processes(two: Together, four: Together) -> None:
         assert told["sums"] == [[3.0, 10.0], [1.5, 5.0], [2.0, 10.0]]
     for told in four.told:
         assert told["sums"] == [[10.0, 60.0], [2.5, 15.0], [4.0, 30.0]]
+
+
+def test_processes_that_see_other_pictures_are_refused(tmp_path: Path) -> None:
+    """They would go on for days, and wait for each other at the end."""
+    running = ranks(2, begin_with, tmp_path / "run", "64", "60")
+    for process, (told, _) in zip(running, [p.communicate() for p in running], strict=True):
+        assert process.returncode == 0
+        assert "do not work from the same: pictures 6" in told
+        assert "data_hash" not in told
+    assert not (tmp_path / "run" / "resolved.toml").exists()
+    alike = ranks(2, begin_with, tmp_path / "run", "64", "64")
+    assert [process.communicate() for process in alike] == [("", ""), ("", "")]
 
 
 # --- One process -----------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from beit.run import (
     weights_hash,
 )
 from beit.settings import FREE_SETTINGS, RunError
-from beit.snapshots import DTYPES, write_tensors
+from beit.snapshots import DTYPES, snapshots, write_tensors
 from beit.tally import Tally
 from beit.training import OptimizerWatch, load_optimizer_tensors, optimizer_tensors
 
@@ -102,6 +102,7 @@ class Training:
         for step, batch in loop:
             if step == self.stop_after:
                 if self.signal_number is None:
+                    self.run._save_here = lambda *_: None  # which a power cut leaves no time for
                     raise PowerCut
                 signal.raise_signal(self.signal_number)
             factor = 1.0
@@ -314,6 +315,43 @@ def test_an_error_of_the_pictures_ends_a_run_that_has_saved(
     assert again.seen[0] == 7
 
 
+def test_an_error_of_the_loop_ends_a_run_that_has_saved(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], unbroken: Any
+) -> None:
+    """As where another process has ended. Batch norm has seen the batch whose update is not made."""
+
+    def fail(training: Training, batch: Tensor) -> float:
+        training.model(batch)
+        raise ConnectionError("connection closed by peer")
+
+    with pytest.raises(ConnectionError):
+        train(tmp_path / "run", poison=fail, poison_steps={7}).go()
+    assert "run: step 7 is saved" in capfd.readouterr().err
+    again = train(tmp_path / "run")
+    same(again.go(), unbroken[0])
+    assert again.seen[0] == 7
+
+
+def test_an_error_while_the_weights_change_saves_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], unbroken: Any
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    def arm(training: Training, batch: Tensor) -> float:
+        training.optimizer.register_step_post_hook(fail)
+        training.optimizer._optimizer_step_post_hooks.move_to_end(  # before the watch's
+            next(iter(training.optimizer._optimizer_step_post_hooks))
+        )
+        return 1.0
+
+    with pytest.raises(MemoryError):
+        train(tmp_path / "run", poison=arm, poison_steps={7}).go()
+    assert "is saved" not in capfd.readouterr().err
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+    same(train(tmp_path / "run").go(), unbroken[0])
+
+
 def test_a_stop_signal_while_an_error_is_saved_waits_for_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any
 ) -> None:
@@ -417,6 +455,14 @@ def test_every_nth_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
     assert steps == [5, 10, 11, 12]
 
 
+def test_checkpoints_stand_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    """Their names have eight digits, and a step of 25 ms comes to more in a month."""
+    for step in (99_999_996, 100_000_000, 99_999_998, 8):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    steps = [int(folder.name[5:]) for folder in snapshots(tmp_path)]
+    assert steps == [8, 99_999_996, 99_999_998, 100_000_000]
+
+
 def test_sums_are_those_of_the_ordinary_tool(tmp_path: Path) -> None:
     training = train(tmp_path / "run", total=4)
     training.go()
@@ -512,6 +558,7 @@ def test_a_tally_is_gone_on_with_and_one_that_was_never_saved_begins_anew(
         )
         for step, images in loop:
             if step == stop_after:
+                training.run._save_here = lambda *_: None
                 break
             if tally is not None:
                 tally.add(torch.tensor([step, 1]), torch.tensor(float(step)))
@@ -669,6 +716,27 @@ def test_many_in_a_row_are_rolled_back_twice_and_then_end_the_run(tmp_path: Path
     assert "--out" in str(caught.value)
     assert caught.value.exit_code == 1
     assert [p.name for p in training.run.checkpoints.iterdir()] == ["step-00000005"]
+
+
+def test_checkpoints_between_updates_that_are_left_out_are_put_off(
+    tmp_path: Path, answers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a run whose every update is left out would go back to one of them again and again, to its end."""
+    written: list[int] = []
+    save = Run.save
+    monkeypatch.setattr(
+        Run, "save", lambda run, t, *given: written.append(t.step) or save(run, t, *given)
+    )
+    frame = {"max_skipped": 3, "save_every": 2}
+    never = {"poison": lambda *_: math.nan, "poison_steps": set(range(7, 40)), "total": 40}
+    training = train(tmp_path / "never", frame=frame, **never)
+    with pytest.raises(NotFinite, match=r"3 updates in a row .* and so they were from step 6"):
+        training.go()
+    assert written == [2, 4, 6]
+    del written[:]
+    twice = {"poison": lambda *_: math.nan, "poison_steps": {7, 8, 11}}
+    train(tmp_path / "twice", frame=frame, **twice).go()
+    assert written == [2, 4, 6, 10, 12]  # not 8; the last whatever it was
 
 
 @pytest.mark.parametrize("never", [(6, 7, 8), (6, 7, 8, 9)])

@@ -26,7 +26,7 @@ from beit.augment import CropAndFlip, EraseAndMix, normalise, to_unit
 from beit.checkpoints import load_model, save
 from beit.classifier_report import Answers
 from beit.criterion import Criterion, class_weights, right_of
-from beit.data import BadImages, Loader, open_source
+from beit.data import BadImages, Loader, check_share, open_source
 from beit.engine import Engine
 from beit.finetune_defaults import RELEASED, chosen, run_name
 from beit.finetune_report import write_report
@@ -184,6 +184,7 @@ def train(settings: Finetune, device: torch.device) -> dict[str, Any]:
         assert settings.batch_size
         length_of(settings, len(data.train.source))
         distributed.accumulation(settings.batch_size, settings.device_batch_size)
+        check_share(len(data.train.source), settings.batch_size, distributed.size())
     hashes = {
         "data_hash": data_hash(data.everything, data.divided.looked),
         "train_hash": data_hash([data.train.source], None),  # by which `evaluate` knows them again

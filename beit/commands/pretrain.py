@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from beit import distributed
 from beit.augment import Filter, TwoViews, normalise, to_unit
 from beit.checkpoints import load_model, save
-from beit.data import ImageSource, Loader, open_source, sample_rng
+from beit.data import ImageSource, Loader, check_share, open_source, sample_rng
 from beit.features import default_layer
 from beit.flops import peak_flops, training_flops
 from beit.handover import hand_over
@@ -43,7 +43,7 @@ from beit.optim import adamw, cosine_schedule, param_groups, set_learning_rate, 
 from beit.plural import counted
 from beit.precision import Precision, autocast, resolve_precision
 from beit.ranges import AboveZero, BelowOne, Compile, CropScale, NotNegative, Numbers, Seed, Share
-from beit.run import Run, Stopped, check_folder, surroundings, weights_hash
+from beit.run import Run, check_folder, surroundings, weights_hash
 from beit.settings import idle, settings_in_words
 from beit.split import data_hash
 from beit.tally import Tally
@@ -198,6 +198,7 @@ def train(settings: Pretrain, device: torch.device) -> dict[str, float]:
     config = model.config
     sample = Sampler.of(settings, config, tokenizer)
     distributed.accumulation(settings.batch_size, settings.device_batch_size)  # refuses what cannot be
+    check_share(len(source), settings.batch_size, distributed.size())
     layers, labelled = probed(settings, config.depth)
 
     run = Run(settings.out, settings, settings.overwrite)
@@ -580,10 +581,7 @@ def look(
     vocab_size: int,
     probe: bool = True,
 ) -> None:
-    """Look at a model, in the main process; all must call this.
-
-    What goes wrong in the first look ends the run; after that it is said, and the training goes on.
-    """
+    """Look at a model, in the main process; all must call this."""
     looked_at = distributed.unsharded(model, lambda: BeitForMaskedImageModeling(model.config))
     looked_at.image_spec = model.image_spec
 
@@ -594,22 +592,11 @@ def look(
         rows = expected_ranges(run, watch.alike, vocab_size, width, heads)
         watch.write_page(f"Pre-training of {run.out.name}", rows, width)
 
-    def guarded() -> None:
-        looked_before = bool(watch.looks)
-        try:
-            work()
-        except (OSError, Stopped):
-            raise
-        except Exception as error:
-            if not looked_before:
-                raise
-            distributed.say(f"the look at step {step} failed, and the training goes on: {error}")
-
     doing = ""
     if probe and watch.train is not None and watch.test is not None:
         doing = f"probing it at step {step:,} on {len(watch.train) + len(watch.test):,} pictures"
     with run.apart(doing):
-        distributed.on_main(guarded)
+        run.look(step, work, is_first=not watch.looks)
 
 
 def expected_ranges(

@@ -23,7 +23,7 @@ from beit import distributed
 from beit.atomic import write_atomically
 from beit.augment import CropAndFlip, normalise, to_unit
 from beit.checkpoints import load_model
-from beit.data import ImageSource, Loader, open_source
+from beit.data import ImageSource, Loader, check_share, open_source
 from beit.features import default_layer
 from beit.graphs import open_program
 from beit.hub import resolve, sha256_of
@@ -138,6 +138,7 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
     source = open_source(settings.data)
     check_folder(settings.out, settings, settings.overwrite)
     distributed.accumulation(settings.batch_size, settings.device_batch_size)  # refuses what cannot be
+    check_share(len(source), settings.batch_size, distributed.size())
     torch.manual_seed(settings.seed)
     tokenizer, teacher = build(settings, device)
     tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a sixth faster
@@ -193,7 +194,11 @@ def train(settings: TrainTokenizer, device: torch.device) -> dict[str, float]:
     ):
         if step and step % every == 0:
             with run.apart():
-                distributed.on_main(partial(look, settings, tokenizer, teacher, source, step))
+                run.look(
+                    step,
+                    partial(look, settings, tokenizer, teacher, source, step),
+                    is_first=step == every,
+                )
         lr = cosine_schedule(step, total, warmup, settings.lr, min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -273,8 +278,10 @@ def look(
 ) -> dict[str, float]:
     """Judge the tokenizer on up to `most` pictures and write its page, now and then while it trains."""
     training, device = tokenizer.training, next(tokenizer.parameters()).device
-    use, error, sheet = judge(tokenizer.eval(), teacher, source, device, most, progress)
-    tokenizer.train(training)
+    try:
+        use, error, sheet = judge(tokenizer.eval(), teacher, source, device, most, progress)
+    finally:
+        tokenizer.train(training)
     quality = in_words(tokenizer, error)
     result = {"live_codes": use.live, "perplexity": use.perplexity, **quality, "steps": step}
     write_atomically(settings.out / "reconstructions.png", png_bytes(strip(sheet)))

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import beit.commands.finetune
 import beit.finetune_defaults
+import beit.validation
 from beit.augment import EraseAndMix
 from beit.checkpoints import load, save
 from beit.commands.finetune import Finetune, length_of
@@ -33,10 +34,10 @@ from beit.criterion import Criterion
 from beit.data import open_source
 from beit.engine import Engine
 from beit.frozen import frozen_classifier
-from beit.image import preprocess, read_image, transformers_spec
+from beit.image import BadImage, preprocess, read_image, transformers_spec
 from beit.model import VARIANTS, BeitForImageClassification
 from beit.recipes import FOLDER
-from beit.run import read_metrics
+from beit.run import NotFinite, read_metrics
 
 from .conftest import FINETUNE, Broken, Done, Stopping, run, same_weights
 
@@ -428,6 +429,32 @@ def test_the_average_of_the_weights_is_validated_and_saved(shapes: Path, tmp_pat
     torch.testing.assert_close(done.weights["classifier.weight"], average)
     said = done.result["val_accuracy"]
     assert said == read_metrics(done.folder / "validation.jsonl")[-1]["accuracy"]
+
+
+@pytest.mark.parametrize("fault", ["unreadable", "not finite"])
+def test_a_look_that_fails_later_is_left_out_and_ends_no_training(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    options = {**MINI, "steps": 9}
+    whole = run(tmp_path / "whole", "finetune", shapes, **options, use_epoch="last")
+    honest, looked = beit.validation.logits_of, 0
+
+    def failing(*given: Any) -> np.ndarray:
+        nonlocal looked
+        looked += 1
+        if looked == 2 and fault == "unreadable":
+            raise BadImage("unreadable", "a.png", "no file")
+        return honest(*given) * (math.nan if looked == 2 else 1)
+
+    monkeypatch.setattr(beit.validation, "logits_of", failing)
+    done = run(tmp_path / "run", "finetune", shapes, **options, use_epoch="last")
+    why = {"unreadable": "a.png: no file", "not finite": "the loss on the validation pictures is nan"}
+    assert f"the look at step 6 is left out, and the training goes on: {why[fault]}" in done.said
+    assert [line["step"] for line in read_metrics(done.folder / "validation.jsonl")] == [3, 9]
+    same_weights(done, whole)
+    looked = 1
+    with pytest.raises((BadImage, NotFinite), match=why[fault]):
+        run(tmp_path / "first", "finetune", shapes, **options)
 
 
 def test_the_start_may_move_and_another_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ENVIRONMENT, ROOT, command_line
+from forked import Forked, beit
 
 from .conftest import PRETRAIN, Done, run, same_weights
 
@@ -31,15 +34,12 @@ def test_a_process_stopped_four_times_ends_with_the_weights_of_an_unbroken_run(
 ) -> None:
     options = {**PRETRAIN, "tokenizer": tokenizer.folder, "steps": 60, "log_every": 1, "drop_path": 0.2}
     out = tmp_path / "stopped"
-    command = [sys.executable, "-W", "error", "-m", "beit"]
-    command += command_line("pretrain", shapes / "train", out=out, **options)
+    command = command_line("pretrain", shapes / "train", out=out, **options)
     before = 0
     for number, code in (
         (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGHUP, 143),
     ):  # fmt: skip
-        with subprocess.Popen(
-            command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
+        with Forked(beit, *command) as process:
             for _ in range(12000):
                 if logged(out) > before + 3 or process.poll() is not None:
                     break
@@ -68,25 +68,25 @@ def test_a_process_stopped_four_times_ends_with_the_weights_of_an_unbroken_run(
 
 # --- Phases that take long -------------------------------------------------------------------------
 
-# A training that, in one of its phases, is caught in a call of C which no signal ends.
-SCRIPT = """
-import hashlib, sys
-import beit.stop
 
-out, slow_phase = sys.argv[1:]
-beit.stop.GRACE_S = 1.0
+def trained(out: str, slow_phase: str) -> None:
+    """A training that, in one of its phases, is caught in a call of C which no signal ends."""
+    import beit.stop
 
-def phase(name):
-    if name == slow_phase:
-        print("there", flush=True)
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+    beit.stop.GRACE_S = 1.0
+    try:
+        with beit.stop.stop_at_once():
+            train(Path(out), slow_phase)
+    except beit.stop.Stopped as stopped:
+        print(f"beit: {stopped}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
 
-def train():
-    phase("start-up")
-    from dataclasses import dataclass
-    from pathlib import Path
+
+def train(out: Path, slow_phase: str) -> None:
+    """Prints the SHA-256 of all its numbers."""
     import torch
     from torch import nn
+
     import beit.training
     from beit.optim import EMA, adamw, update
     from beit.run import Run
@@ -95,13 +95,20 @@ def train():
     class Settings:
         seed: int = 0
 
-    run = Run(Path(out), Settings())
+    def phase(name: str) -> None:
+        if name == slow_phase:
+            print("there", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+
+    phase("start-up")
+    run = Run(out, Settings())
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     optimizer, ema = adamw(list(model.parameters()), lr=0.1), EMA(model, 0.9)
     beit.training.Training.is_sharded = slow_phase.startswith("sharded")
-    batches = lambda steps: steps
-    for step, _ in run.steps(model, optimizer, 8, batches, 100, seed=0, ema=ema, look_every=5):
+    for step, _ in run.steps(
+        model, optimizer, 8, lambda steps: steps, 100, seed=0, ema=ema, look_every=5
+    ):
         if step == 5:
             phase("sharded look")
         loss = (model(torch.randn(6, 4)) - step).square().sum()
@@ -119,26 +126,12 @@ def train():
             digest.update(tensor.numpy().tobytes())
     print(digest.hexdigest())
 
-try:
-    with beit.stop.stop_at_once():
-        train()
-except beit.stop.Stopped as stopped:
-    print(f"beit: {stopped}", file=sys.stderr)
-    sys.exit(stopped.exit_code)
-"""
-
-
-def train(out: Path, slow_phase: str = "") -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", SCRIPT, str(out), slow_phase],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What an unbroken training prints: the SHA-256 of all its numbers."""
-    said, complained = train(tmp_path_factory.mktemp("unbroken") / "run").communicate(timeout=120)
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    said, complained = Forked(trained, out, "").communicate()
     assert len(said.strip()) == 64, complained
     return said
 
@@ -151,9 +144,8 @@ def test_a_signal_in_a_call_that_does_not_end_saves_what_is_done(
     tmp_path: Path, digest: str, phase: str, step: int
 ) -> None:
     """In the step, batch norm has already seen the batch whose update is not made."""
-    with train(tmp_path / "run", phase) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "there\n"
+    with Forked(trained, tmp_path / "run", phase) as process:
+        process.wait_for("there\n")
         process.send_signal(signal.SIGTERM)
         _, complained = process.communicate(timeout=60)
     assert process.returncode == 143, complained
@@ -161,8 +153,7 @@ def test_a_signal_in_a_call_that_does_not_end_saves_what_is_done(
     assert newest == step
     if phase in ("step", "evaluation", "sharded look"):
         assert f"beit: stopped and saved at step {step} of 8" in complained
-    with train(tmp_path / "run") as process:
-        assert process.communicate(timeout=120)[0] == digest
+    assert Forked(trained, tmp_path / "run", "").communicate()[0] == digest
 
 
 def test_a_signal_to_a_forked_child_does_not_stop_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:

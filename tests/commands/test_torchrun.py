@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, command_line
+from forked import beit, ranks
 
 from beit.run import read_metrics
 
@@ -29,14 +30,13 @@ def line(out: Path, *words: str | Path, **options: object) -> list[str]:
     return [*command, "-m", "beit", *command_line(*words, out=out, **options)]
 
 
-def torchrun(out: Path, *words: str | Path, code: int = 0, **options: object) -> str:
-    """`torchrun --nproc-per-node 2 -m beit ...`; what was said on stderr. Its own code is 0 or 1."""
-    command = line(out, *words, **options)
-    done = subprocess.run(
-        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-    assert (done.returncode, done.stdout) == (code, ""), done.stderr
-    return done.stderr
+def two_processes(out: Path, *words: str | Path, code: int = 0, **options: object) -> str:
+    """`beit ...` as srun begins it: a process for each rank, told by its environment. What both said."""
+    together = ranks(2, beit, *command_line(*words, out=out, **options))
+    said = [rank.communicate() for rank in together]
+    assert [rank.returncode for rank in together] == [code, code], said
+    assert [out for out, _ in said] == ["", ""]
+    return "".join(err for _, err in said)
 
 
 def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -59,7 +59,7 @@ def short(tokenizer: Done) -> dict[str, Any]:
 def test_two_processes_pretrain_as_one_does(
     shapes: Path, tmp_path: Path, short: dict[str, Any], how: dict[str, Any]
 ) -> None:
-    said = torchrun(tmp_path / "two", "pretrain", shapes / "train", **short, **how)
+    said = two_processes(tmp_path / "two", "pretrain", shapes / "train", **short, **how)
     assert said.count("2 x cpu in fp32") == 1, "only the main process speaks"
     two = Done(tmp_path / "two", {}, said)
     one = run(tmp_path / "one", "pretrain", shapes / "train", **short)
@@ -76,7 +76,7 @@ def test_one_process_goes_on_from_two(
 ) -> None:
     """The newest checkpoint of the two is torn, so it goes on from the one before."""
     options = {**short, "save_every": 4}
-    torchrun(tmp_path / "run", "pretrain", shapes / "train", **options)
+    two_processes(tmp_path / "run", "pretrain", shapes / "train", **options)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
     step_6 = tmp_path / "run" / "checkpoints" / "step-00000006"
@@ -110,8 +110,10 @@ def test_two_processes_one_killed_then_both_stopped_end_bit_for_bit_as_if_not(
         step = max(int(folder.name[5:]) for folder in (out / "checkpoints").glob("step-*"))
         assert least - 15 < step < 60
     assert f"stopped and saved at step {step} of 60" in said
-    assert f"going on from step {step} of 60" in torchrun(out, "pretrain", shapes / "train", **options)
-    torchrun(tmp_path / "whole", "pretrain", shapes / "train", **options)
+    assert f"going on from step {step} of 60" in two_processes(
+        out, "pretrain", shapes / "train", **options
+    )
+    two_processes(tmp_path / "whole", "pretrain", shapes / "train", **options)
     broken, whole = (Done(folder, {}, "") for folder in (out, tmp_path / "whole"))
     same_weights(broken, whole)
     assert [m["loss"] for m in broken.metrics] == [m["loss"] for m in whole.metrics]
@@ -124,7 +126,7 @@ def test_two_processes_train_a_tokenizer_together(shapes: Path, tmp_path: Path, 
     if kind == "vqkd":
         del options["hidden_dim"]
         options |= {"model": "beit_mini_patch8_32", "decoder_depth": 1}
-    torchrun(tmp_path / "two", "train-tokenizer", shapes / "train", **options)
+    two_processes(tmp_path / "two", "train-tokenizer", shapes / "train", **options)
     two = Done(tmp_path / "two", {}, "")
     one = run(tmp_path / "one", "train-tokenizer", shapes / "train", **options)
     assert [line["step"] for line in two.metrics] == [1, 2, 3, 4]
@@ -142,21 +144,28 @@ def test_what_two_processes_log_of_a_tokenizer_is_the_same_after_a_resume(
 ) -> None:
     """A line is of all steps since the one before, those before the checkpoint too."""
     options = {**TOKENIZER, "steps": 4, "log_every": 4, "save_every": 2, "lr": 1e-3}
-    torchrun(tmp_path / "run", "train-tokenizer", shapes / "train", **options)
+    two_processes(tmp_path / "run", "train-tokenizer", shapes / "train", **options)
     unbroken = (tmp_path / "run" / "metrics.jsonl").read_text()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
     (tmp_path / "run" / "config.json").unlink()
-    torchrun(tmp_path / "run", "train-tokenizer", shapes / "train", **options)
+    two_processes(tmp_path / "run", "train-tokenizer", shapes / "train", **options)
     again = (tmp_path / "run" / "metrics.jsonl").read_text()
     told = [json.loads(text) for text in (unbroken, again)]
     for key in ("step", "psnr_db", "live_codes", "perplexity"):
         assert told[0][key] == told[1][key]
 
 
-def test_a_batch_that_does_not_divide_is_refused(
-    shapes: Path, tmp_path: Path, short: dict[str, Any]
+@pytest.mark.parametrize(
+    ("batch_size", "told"),
+    [
+        (13, "batch_size 13 does not divide among 2 processes; use --batch-size 12 or 14"),
+        (40, "too few for a batch of 40 over 2 processes: 36 pictures; use --batch-size 36 or less"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_refused(
+    shapes: Path, tmp_path: Path, short: dict[str, Any], batch_size: int, told: str
 ) -> None:
-    options = {**short, "batch_size": 13}
-    said = torchrun(tmp_path / "run", "pretrain", shapes / "train", code=1, **options)
-    assert "batch_size 13 does not divide among 2 processes; use --batch-size 12 or 14" in said
+    options = {**short, "batch_size": batch_size}
+    said = two_processes(tmp_path / "run", "pretrain", shapes / "train", code=2, **options)
+    assert told in said
     assert not (tmp_path / "run").exists()

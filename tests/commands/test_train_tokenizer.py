@@ -21,7 +21,7 @@ from beit.augment import normalise, to_unit
 from beit.checkpoints import load_model
 from beit.commands.train_tokenizer import NOT_OF, model_features, open_teacher
 from beit.data import open_source
-from beit.image import ImageSpec, resize_and_crop
+from beit.image import BadImage, ImageSpec, resize_and_crop
 from beit.metrics import psnr
 from beit.optim import cosine_schedule, param_groups
 from beit.tokenizer import DiscreteVAE
@@ -103,6 +103,27 @@ def test_the_page_is_made_while_it_trains(
     monkeypatch.setattr(beit.commands.train_tokenizer, "write_page", noted)
     run(tmp_path / "run", NAME, shapes / "train", **{**SHORT, "steps": 20})
     assert looks == list(range(2, 21, 2))
+
+
+def test_a_look_that_fails_later_ends_no_training(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**SHORT, "steps": 20}
+    whole = run(tmp_path / "whole", NAME, shapes / "train", **options)
+    judge, failing = beit.commands.train_tokenizer.judge, iter([0, 1])
+
+    def judged(*values: Any) -> Any:
+        if next(failing, 0):
+            raise BadImage("unreadable", "a.png", "no file")
+        return judge(*values)
+
+    monkeypatch.setattr(beit.commands.train_tokenizer, "judge", judged)
+    done = run(tmp_path / "run", NAME, shapes / "train", **options)
+    assert "the look at step 4 failed, and the training goes on: a.png: no file" in done.said
+    same_weights(done, whole)
+    failing = iter([1])
+    with pytest.raises(BadImage):
+        run(tmp_path / "first", NAME, shapes / "train", **options)
 
 
 def test_a_short_training_is_not_judged_for_hours(tmp_path: Path) -> None:
