@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,27 +82,38 @@ class ImageSource:
         """Picture `index` as uint8 (H, W, 3) RGB. Raises BadImage."""
         return self.open(index).read()
 
-    def with_classes(self, classes: Sequence[str], owner: str = "the model") -> ImageSource:
+    def with_classes(
+        self, classes: Sequence[str], owner: str = "the model", present: np.ndarray | None = None
+    ) -> ImageSource:
         """The same pictures, their labels renumbered to the classes of a model, or another owner, by name.
 
         Classes without a picture here are named on stderr; ones the owner does not know are an error.
+        present: numbers of those that pictures have, where one may have several.
         """
-        present = {self.classes[label] for label in np.unique(self.labels)}
-        unknown = sorted(present - set(classes))
+        renumber = places_among(classes, self.classes)
+        present = np.unique(self.labels) if present is None else present
+        unknown = sorted(self.classes[number] for number in present if renumber[number] < 0)
         if unknown:
             raise ValueError(
                 f"the data has classes {owner} does not know: {_some(unknown)}; "
                 f"{owner}'s are {_some(list(classes))}; rename those, or take them out"
             )
-        absent = [name for name in classes if name not in present]
+        absent = [classes[number] for number in np.setdiff1d(range(len(classes)), renumber[present])]
         if absent:
             print(
                 f"no picture of {len(absent)} of {len(classes)} classes: {_some(absent)}",
                 file=sys.stderr,
             )
-        number = {name: i for i, name in enumerate(classes)}
-        renumber = np.array([number.get(name, -1) for name in self.classes], dtype=np.int64)
         return replace(self, labels=renumber[self.labels], classes=tuple(classes))
+
+
+def places_among(classes: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """int64 (n,) place of each name among classes, -1 where it is none. An accent that is a letter of its
+    own, as a Mac writes names, is no other name."""
+    number = {unicodedata.normalize("NFC", name): i for i, name in enumerate(classes)}
+    number |= {name: i for i, name in enumerate(classes)}
+    places = (number.get(name, number.get(unicodedata.normalize("NFC", name), -1)) for name in names)
+    return np.fromiter(places, dtype=np.int64, count=len(names))
 
 
 def open_source(location: str | Path, split: str = "train", labelled: bool = False) -> ImageSource:

@@ -34,7 +34,7 @@ import numpy as np
 
 from beit.atomic import CannotWrite, flush, is_alive, write_atomically
 from beit.cache import UNSETTLED_S, cache_folder
-from beit.hub import sha256_of
+from beit.hub import model_files, sha256_of
 from beit.plural import counted
 
 MANIFEST = "embeddings.json"
@@ -413,13 +413,11 @@ def sweep(folder: Path) -> None:
 
 
 def model_sha256(path: Path) -> str:
-    """A hash of all that decides what a model computes: weights, JSON files, both files of a graph.
+    """A hash of all that decides what a model computes: weights and their JSON, both files of a graph.
 
     Of files whose names, sizes and times are as they were, it is kept in the user's cache folder.
     """
-    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-    if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".json"))
+    files = [*model_files(str(path)), *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
     files = [file for file in files if file.is_file()]
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     known = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:32]

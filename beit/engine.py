@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -38,6 +39,7 @@ from beit.graph_cache import (
     keep_choice,
     kept_choice,
     key_of,
+    making,
     versions,
 )
 from beit.graphs import (
@@ -432,6 +434,10 @@ class Engine:
         self._check_classifier()
         return self._compute(Output(), images)
 
+    def usual_array(self, images: np.ndarray) -> np.ndarray:
+        """Prepared pictures (B, 3, H, W) float32 -> what a graph file holds; else logits, or features."""
+        return self._compute(next(iter(self._graphs)) if self._is_file else self._main_output(), images)
+
     def features_array(
         self, images: np.ndarray, pooling: EmbedPooling = "mean", layer: int | None = None
     ) -> np.ndarray:
@@ -514,20 +520,35 @@ class Engine:
                 f"{self.name} holds {held.in_words()}, not {output.in_words()}; "
                 f"write what is needed: beit export MODEL --to {self.runtime} {output.as_flags()}"
             )
-        half = self.precision == "bf16"
         name = "-".join(map(str, (self._model_key(), *asdict(output).values(), self.precision)))
         file = graph_folder() / f"{name}{SUFFIX_OF[self.runtime]}"
         if not file.is_file():
-            from beit.export import export
-
-            assert self.runtime in ("openvino", "onnx")
-            export(self._loaded(), file, self.runtime, output, half_size=half)  # type: ignore[arg-type]
-            forget_old_graphs(file)
-        os.utime(file)
+            self._keep_graph(file, output)
+        try:
+            graph = open_graph(file, self.precision, self.threads)
+        except GraphError:  # what a crash, or a hand, has left of it
+            self._keep_graph(file, output)
+            graph = open_graph(file, self.precision, self.threads)
+        with suppress(OSError):
+            os.utime(file)
         while len(self._graphs) >= MOST_GRAPHS:  # whoever asks for all layers holds two of them
             del self._graphs[next(old for old in self._graphs if old.kind == "features")]
-        self._graphs[output] = open_graph(file, self.precision, self.threads)
-        return self._graphs[output]
+        self._graphs[output] = graph
+        return graph
+
+    def _keep_graph(self, file: Path, output: Output) -> None:
+        """Make a graph in the cache folder, unless another process has made one that opens."""
+        from beit.export import export
+
+        assert self.runtime in ("openvino", "onnx")
+        with making():
+            with suppress(GraphError):
+                if file.is_file():
+                    open_graph(file, self.precision, self.threads)
+                    return
+            half = self.precision == "bf16"
+            export(self._loaded(), file, self.runtime, output, half_size=half)  # type: ignore[arg-type]
+            forget_old_graphs(file)
 
     # --- Which is fastest ---
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from beit.any_size import any_size
-from beit.atomic import flush, naming, write_atomically
+from beit.atomic import CannotWrite, flush, naming, write_atomically
 from beit.features import embed
 from beit.graphs import (
     SUFFIX_OF,
@@ -135,6 +135,7 @@ def export(
         _require_module("onnxscript", "onnx")
     if precision == "int8":
         _check_int8(to, output, pictures, max_size)
+        _check_report(file.with_suffix(".json"))
     check_whole(model)
     prepared, own = (
         " x ".join(map(str, size)) for size in (model.image_spec.size, model.config.image_height_width)
@@ -391,6 +392,19 @@ def _quietly() -> Iterator[None]:
 
 
 # --- int8 ------------------------------------------------------------------------------------------------
+
+
+def _check_report(file: Path) -> None:
+    """Refuse to write the report over a file of something else."""
+    if file.exists():
+        try:
+            ours = "max_error" in json.loads(file.read_bytes())
+        except (OSError, ValueError, TypeError):
+            ours = False
+        if not ours:
+            raise CannotWrite(
+                f"{file}, where the report goes, is something else; name another graph file"
+            )
 
 
 def _check_int8(

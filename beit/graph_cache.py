@@ -11,6 +11,8 @@ import json
 import platform
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,17 @@ def graph_folder() -> Path:
     folder = cache_folder("graphs")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def making() -> Iterator[None]:
+    """While one process makes graphs there, others that come to it wait, where locks are known."""
+    with (graph_folder() / ".making").open("w") as held:
+        with suppress(ImportError, OSError):
+            import fcntl  # Unix's alone
+
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def forget_old_graphs(new: Path) -> None:

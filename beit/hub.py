@@ -193,6 +193,7 @@ SIZES = (
 # --- Names to files ------------------------------------------------------------------------------
 
 CONFIGS = ["config.json", "preprocessor_config.json"]
+# What is read of a folder: nothing else in it, such as a page or a graph, is of the model.
 SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 
@@ -347,12 +348,22 @@ def _check_released(file: Path) -> None:
         )
 
 
+def files_of(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files of a model's folder that patterns such as SAFETENSORS match, by their names."""
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+
+
+def model_files(place: str) -> list[Path]:
+    """What is read of a model on this disk, so that no command writes over it."""
+    folder = Path(place)
+    return files_of(folder, [*CONFIGS, *SAFETENSORS, *PICKLES]) if folder.is_dir() else [folder]
+
+
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's weight files one after another, in 64 hex digits."""
-    weights = (".safetensors", ".bin")
-    files = sorted(f for f in path.iterdir() if f.suffix in weights) if path.is_dir() else [path]
+    """SHA-256 of a file, or of a model folder's weight files one after another, in 64 hex digits."""
+    weights = [f for f in files_of(path, [*SAFETENSORS, *PICKLES]) if f.suffix != ".json"]
     digest = hashlib.sha256()
-    for file in files:
+    for file in weights if path.is_dir() else [path]:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

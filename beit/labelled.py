@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from beit import distributed
-from beit.data import ImageSource, has_split, open_source
+from beit.data import ImageSource, has_split, open_source, places_among
 from beit.plural import counted
 from beit.split import MOST_LOOKED_AT, SEPARATOR, Divided, divide, take
 
@@ -166,18 +166,19 @@ def open_labelled(
 
 def in_order(side: Side, classes: tuple[str, ...], place: Path, owner: str) -> Side:
     """The same pictures, their labels numbered as their owner's classes are, matched by name."""
+    present = None  # where a picture has several labels, its source knows the rarest of them
+    if side.truth.ndim == 2:
+        present = np.flatnonzero(side.truth.any(axis=0))
     try:
-        source = side.source.with_classes(classes, owner)
+        source = side.source.with_classes(classes, owner, present)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     if side.truth.ndim == 1:
         return Side(source, source.labels)
     truth = np.zeros((len(source), len(classes)), dtype=bool)
-    for number, name in enumerate(side.source.classes):
-        if name not in classes and side.truth[:, number].any():
-            raise ValueError(f"{place} has the label {name!r}, which {owner} does not know")
-        if name in classes:
-            truth[:, classes.index(name)] = side.truth[:, number]
+    for old, new in enumerate(places_among(classes, side.source.classes)):
+        if new >= 0:
+            truth[:, new] |= side.truth[:, old]
     return Side(source, truth)
 
 

@@ -370,21 +370,23 @@ def _stamp(place: str) -> list[Any]:
 
 def _keep(folder: Path, listing: Listing, stamps: list[tuple[str, list[Any]]]) -> None:
     """Write an index beside its place and rename it, so that there is never half of one."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    beside, old = (folder.with_name(f".{folder.name}.{os.getpid()}{end}") for end in ("", ".old"))
     beside.mkdir(parents=True)
     try:
-        for name, column in _columns(listing).items():
-            if len(column):
-                np.save(beside / f"{name}.npy", column)
+        columns = {name: column for name, column in _columns(listing).items() if len(column)}
+        for name, column in columns.items():
+            np.save(beside / f"{name}.npy", column)
         about = {
             "roots": listing.places.roots, "classes": listing.classes, "without": listing.without,
-            "watched": stamps,
+            "watched": stamps, "columns": list(columns),
         }  # fmt: skip
         (beside / "about.json").write_text(json.dumps(about))
-        shutil.rmtree(folder, ignore_errors=True)  # who has mapped the old one keeps it
+        if folder.exists():  # who has mapped it keeps it
+            os.replace(folder, old)
         os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _columns(listing: Listing) -> dict[str, np.ndarray]:
@@ -394,8 +396,8 @@ def _columns(listing: Listing) -> dict[str, np.ndarray]:
 
 def _load(folder: Path, about: dict[str, Any]) -> Listing:
     def column(name: str) -> np.ndarray:
-        file = folder / f"{name}.npy"
-        return np.load(file, mmap_mode="r") if file.exists() else _NO_NUMBERS
+        kept = name in about["columns"]
+        return np.load(folder / f"{name}.npy", mmap_mode="r") if kept else _NO_NUMBERS
 
     columns = {f.name: column(f.name) for f in fields(Places) if f.name != "roots"}
     places = Places(tuple(about["roots"]), **columns)

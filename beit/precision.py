@@ -20,6 +20,13 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees no GPU; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} is not here; the last is cuda:{torch.cuda.device_count() - 1}")
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, device=device).cpu()
+        except (RuntimeError, AssertionError, NotImplementedError):  # as each of them says it
+            raise ValueError(f"device {name} is not here; use auto, cpu, cuda or cuda:1") from None
     return device
 
 

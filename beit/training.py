@@ -71,6 +71,7 @@ class Training:
             for name, tensor in tensors.items():  # one by one, so never the whole of a sharded model
                 tensor.copy_(distributed.spread(files[file][name], tensor))
         if self.optimizer is not None:
+            self.optimizer.state.clear()  # a checkpoint of step 0 has none
             load_optimizer_tensors(self.model, self.optimizer, files["optimizer.safetensors"])
         for key in self.counters():
             setattr(self, key, counters[key])

@@ -206,6 +206,15 @@ def test_csv_with_a_row_cut_short_names_the_line(tmp_path: Path) -> None:
         open_source(tmp_path / "list.csv", labelled=True)
 
 
+def test_pictures_are_known_by_their_endings(tmp_path: Path) -> None:
+    """Browsers on Windows save JPEGs as .jfif."""
+    names = ["a.JPG", "b.jpeg", "c.jfif", "d.jpe", "e.webp", "f.tif", "g.avif"]
+    for name in [*names, "h.txt", "i.jpg.part"]:
+        (tmp_path / name).write_bytes(b"picture")
+    source = open_source(tmp_path)
+    assert [Path(source.name(i)).name for i in range(len(source))] == names
+
+
 # --- Classes by name -----------------------------------------------------------------------------
 
 
@@ -221,6 +230,17 @@ def test_labels_follow_the_models_classes_by_name_not_by_place(tmp_path: Path) -
     assert theirs.labels.tolist() == [2, 0, 2]
     assert theirs.classes == ("dog", "eel", "cat")
     assert theirs.paths == ours.paths
+
+
+def test_an_accent_that_is_a_letter_of_its_own_is_no_other_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a Mac writes names. Where a model has both, each is its own."""
+    composed, apart = "Ros\u00e9", "Rose\u0301"
+    source = source_of(tmp_path, apart, "ant", apart)
+    assert source.with_classes(["ant", composed]).labels.tolist() == [1, 0, 1]
+    assert source.with_classes([composed, "ant", apart]).labels.tolist() == [2, 1, 2]
+    assert capsys.readouterr().err == f"no picture of 1 of 3 classes: {composed}\n"
 
 
 def test_classes_without_a_picture_are_named_and_shift_nothing(

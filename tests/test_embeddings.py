@@ -30,6 +30,7 @@ from beit.embeddings import (
     sweep,
     unit,
 )
+from beit.hub import sha256_of
 
 MANIFEST = Manifest(
     pictures=25, pictures_sha256="p", model="m", model_sha256="m", image_spec={"size": [32, 32]},
@@ -329,7 +330,9 @@ def test_the_hash_of_a_model_is_of_all_that_decides(
     (model / "config.json").write_text("{}")
     first = model_sha256(model)
     assert not (tmp_path / "cache").exists()  # files of this second may change in it
-    (model / "README.md").write_text("of no matter")
+    for name in ("README.md", "scores.json", "graph.bin", "optimizer.safetensors"):
+        (model / name).write_text("of no matter")
+    assert sha256_of(model) == sha256_of(model / "model.safetensors")
     assert model_sha256(model) == first
     (model / "config.json").write_text("[]")
     second = model_sha256(model)

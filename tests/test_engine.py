@@ -7,9 +7,10 @@ import io
 import json
 import math
 import shutil
+import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
@@ -26,7 +27,7 @@ from beit.checkpoints import load, load_model, save
 from beit.data import open_source
 from beit.engine import Engine, Prediction, agree
 from beit.export import export
-from beit.graph_cache import known_choice
+from beit.graph_cache import known_choice, making
 from beit.graphs import EmbedPooling, Graph, GraphError, Output, open_graph
 from beit.image import IMAGENET_MEAN, IMAGENET_STD, BadImage, ImageSpec, preprocess, read_image
 from beit.model import Beit, BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
@@ -418,6 +419,13 @@ def test_a_missing_gpu_is_named(model: BeitForImageClassification) -> None:
         exact(model, device="cuda")
 
 
+def test_a_device_that_torch_knows_and_that_is_not_here_is_named(
+    model: BeitForImageClassification,
+) -> None:
+    with pytest.raises(ValueError, match="device meta is not here; use auto, cpu, cuda or cuda:1"):
+        exact(model, device="meta")
+
+
 def test_an_unknown_device_is_a_value_error(model: BeitForImageClassification) -> None:
     with pytest.raises(ValueError, match="gpu0"):
         exact(model, device="gpu0")
@@ -614,6 +622,52 @@ def test_another_best_class_does_not_agree_but_a_tie_does() -> None:
     assert agree(tie, exact_logits, "bf16", Output())[0]
     assert not agree(tie[::-1].copy(), exact_logits[::-1] * [1, 1.1, 1], "fp32", Output())[0]
     assert not agree(-exact_logits, exact_logits, "bf16", Output())[0]
+
+
+@pytest.mark.parametrize("left", ["no weights", "half a file", "no file"])
+def test_a_kept_graph_that_does_not_open_is_made_anew(
+    folder: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """As a crash leaves it, or for a moment another process that makes it too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    answers = list(Engine(folder, "openvino", "fp32").classify(files))
+    (kept,) = (tmp_path / "beit" / "graphs").glob("*.xml")
+    if left == "no weights":
+        kept.with_suffix(".bin").unlink()
+    elif left == "half a file":
+        kept.write_text(kept.read_text()[:1000])
+    else:
+        monkeypatch.setattr("beit.engine.open_graph", gone_once(open_graph))
+    assert list(Engine(folder, "openvino", "fp32").classify(files)) == answers
+    assert [file.name for file in kept.parent.glob("*.xml")] == [kept.name]
+
+
+def gone_once(honest: Callable[..., Graph]) -> Callable[..., Graph]:
+    calls = iter([True])
+
+    def opened(file: Path, *rest: Any) -> Graph:
+        if next(calls, False):
+            raise GraphError(f"{file} is no graph")
+        return honest(file, *rest)
+
+    return opened
+
+
+def test_one_at_a_time_makes_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    order: list[str] = []
+
+    def other() -> None:
+        with making():
+            order.append("second")
+
+    with making():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 def test_without_a_place_for_graphs_torch_answers(

@@ -48,12 +48,15 @@ def test_one_label_a_picture_stays_one(pictures: Path) -> None:
     assert found.train.truth.tolist() == [0] * 8 + [1] * 8
 
 
-def test_validation_labels_are_matched_by_name(pictures: Path) -> None:
+def test_validation_labels_are_matched_by_name(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train = csv_file(pictures / "a.csv", [(f"disc/{n:02d}.png", "b;c" if n else "a") for n in range(8)])
     val = csv_file(pictures / "v.csv", [("square/00.png", "c"), ("square/01.png", "b;a")])
     found = open_labelled(train, val, None, 0, 0)
     assert found.val is not None
     assert found.val.truth.tolist() == [[False, False, True], [True, True, False]]
+    assert "no picture of" not in capsys.readouterr().err
     assert not found.held_out
 
 

@@ -45,9 +45,10 @@ from beit.run import (
     weights_hash,
 )
 from beit.settings import FREE_SETTINGS, RunError
-from beit.snapshots import DTYPES, snapshots, write_tensors
+from beit.snapshots import DTYPES, snapshots, write_snapshot, write_tensors
 from beit.tally import Tally
 from beit.training import OptimizerWatch, load_optimizer_tensors, optimizer_tensors
+from beit.training import Training as TrainingState
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -716,6 +717,22 @@ def test_many_in_a_row_are_rolled_back_twice_and_then_end_the_run(tmp_path: Path
     assert "--out" in str(caught.value)
     assert caught.value.exit_code == 1
     assert [p.name for p in training.run.checkpoints.iterdir()] == ["step-00000005"]
+
+
+def test_the_checkpoint_of_step_0_brings_back_that_there_were_no_moments(
+    tmp_path: Path, answers: str, unbroken: Any
+) -> None:
+    """A signal in a long first step leaves one."""
+
+    def once(training: Training, batch: Tensor) -> float:
+        training.poison_steps = set()
+        return UNDONE["exp_avg"](training, batch)
+
+    training = train(tmp_path / "run", poison=once, poison_steps={2})
+    stored = training.run.checkpoints / "step-00000000"
+    files = TrainingState(training.model, training.optimizer, training.ema)
+    write_snapshot(stored, files.tensors(), files.counters())
+    same(training.go(), unbroken[0])
 
 
 def test_checkpoints_between_updates_that_are_left_out_are_put_off(

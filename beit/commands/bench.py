@@ -227,9 +227,7 @@ def runner(case: dict[str, Any]) -> tuple[Any, tuple[int, int], str]:
         engine = Engine(case["model"], threads=case["threads"])
     else:
         engine = Engine(case["model"], case["runtime"], case["precision"], case["threads"])
-    classifies = engine.has_classifier
-    answer = engine.logits_array if classifies else engine.features_array
-    return answer, engine.image_spec.size, engine.precision
+    return engine.usual_array, engine.image_spec.size, engine.precision
 
 
 def rival(name: str, folder: str) -> tuple[Any, tuple[int, int]]:

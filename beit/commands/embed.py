@@ -45,7 +45,7 @@ from beit.embeddings import (
 from beit.engine import Engine, Entry, Precision, Runtime
 from beit.graphs import EmbedPooling
 from beit.hub import resolve
-from beit.listing import list_names
+from beit.listing import is_address, list_names
 from beit.plural import counted
 from beit.progress import Progress
 from beit.ranges import Share
@@ -177,7 +177,8 @@ def wanted_of(settings: Embed, sources: list[ImageSource]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for source in sources:
         places = source.paths
-        digest.update(json.dumps(places.roots).encode())
+        roots = [root if is_address(root) else os.path.normpath(root) for root in places.roots]
+        digest.update(json.dumps(roots).encode())
         for column in (places.text, places.ends, places.root, places.start, places.size):
             digest.update(f" {len(column)} ".encode())
             digest.update(np.ascontiguousarray(column).data)

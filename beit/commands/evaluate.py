@@ -11,6 +11,7 @@ import math
 import re
 import shlex
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
@@ -31,7 +32,7 @@ from beit.classifier_report import MANY, Answers, about, how_good, same_pictures
 from beit.data import ImageSource, SomeSkipped, TooManyBadImages, has_split, open_source
 from beit.engine import Engine
 from beit.graphs import is_graph
-from beit.hub import synsets
+from beit.hub import model_files, synsets
 from beit.image import ImageSpec, Preset, preset_spec
 from beit.label_review import label_errors, suspects_of
 from beit.labelled import Side, in_order, with_truth
@@ -91,7 +92,7 @@ class Evaluate:
 
 def evaluate(settings: Evaluate) -> dict[str, Any]:
     """Score a classifier on labelled pictures."""
-    check_place(settings.out, ending=".json")
+    check_place(settings.out, model_files(settings.model), ".json")
     check_place(settings.report, ending=".html")
     engine = Engine(
         settings.model,
@@ -358,7 +359,8 @@ def by_synonym(labels: Sequence[str], present: Sequence[str]) -> list[str]:
     """The labels, each replaced by the name in `present` that is one of its synonyms and of no other's."""
 
     def synonyms(label: str) -> set[str]:
-        return {word.strip().replace("_", " ").casefold() for word in label.split(",")}
+        words = unicodedata.normalize("NFC", label).split(",")
+        return {word.strip().replace("_", " ").casefold() for word in words}
 
     often = Counter(word for label in labels for word in synonyms(label))
     meant = {word: name for name in present for word in synonyms(name) if often[word] == 1}

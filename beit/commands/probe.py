@@ -27,6 +27,7 @@ from beit.checkpoints import load_model
 from beit.data import ImageSource, SomeSkipped, TooManyBadImages, has_split, open_source
 from beit.duplicates import duplicates, pixel_hash
 from beit.features import Pooling, default_layer, extract_features, layer_states, pooled, storage
+from beit.hub import model_files
 from beit.image import BadImage, preprocess
 from beit.metrics import bootstrap_interval
 from beit.model import Beit
@@ -92,7 +93,7 @@ Labelled = tuple[Tensor, Tensor]  # (n, D) features, (n,) labels
 def probe(settings: Probe) -> dict[str, Any]:
     """Probe a model: linear, k-NN, attentive and few-shot, on frozen features."""
     kinds = chosen_kinds(settings.kinds)
-    check_place(settings.out, ending=".json")
+    check_place(settings.out, model_files(settings.model), ".json")
     train, test = sides(settings)
     model = load_model(settings.model, dtype=torch.float32).to(pick_device(settings.device))
     layers = chosen_layers(settings.layers, model.config.depth)

@@ -38,6 +38,7 @@ except ImportError:
     raise ValueError('beit serve needs FastAPI and uvicorn: pip install "beit[serve]"') from None
 
 BODY_SECONDS = 30.0  # within which a picture must have come
+UNREAD_SECONDS = 2.0  # for what still comes of a picture that is refused
 DRAIN_SECONDS = 30  # for the answers that are under way when it is told to stop
 AS_BODY = "send a picture's file as the body: curl --data-binary @photo.jpg"
 QUERIES = {"/v1/classify": ("top",), "/v1/embed": ("pooling", "layer")}
@@ -75,11 +76,11 @@ class Serve:
 
 
 class Refused(Exception):
-    """A request that is not answered: its HTTP status, and why."""
+    """A request that is not answered: its HTTP status, and why; unread: its body was not read."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, unread: bool = True) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status, self.message, self.unread = status, message, unread
 
 
 def serve(settings: Serve) -> None:
@@ -178,7 +179,7 @@ def make_app(engine: Engine, settings: Serve, key: str = "") -> FastAPI:
             if len(body) > most:
                 raise too_large
         if not body:
-            raise Refused(400, AS_BODY)
+            raise Refused(400, AS_BODY, unread=False)
         return bytes(body)
 
     async def answer(request: Request, ask: Callable[[bytes], Prediction | Embedding]) -> dict[str, Any]:
@@ -190,13 +191,14 @@ def make_app(engine: Engine, settings: Serve, key: str = "") -> FastAPI:
             body = await asyncio.wait_for(picture(request), BODY_SECONDS)
             found = (await asyncio.to_thread(ask, body)).to_dict()
         except asyncio.TimeoutError:
-            raise Refused(408, f"the picture did not come within {BODY_SECONDS:.0f} s") from None
+            message = f"the picture did not come within {BODY_SECONDS:.0f} s"
+            raise Refused(408, message, unread=False) from None
         except (ValueError, ClientDisconnect) as error:
-            raise Refused(400, str(error)) from None
+            raise Refused(400, str(error), unread=False) from None
         finally:
             waiting -= 1
         if found["error"] is not None:
-            raise Refused(422, found["error"])
+            raise Refused(422, found["error"], unread=False)
         return {name: value for name, value in found.items() if name not in ("path", "error")}
 
     app = FastAPI(
@@ -240,8 +242,21 @@ def make_app(engine: Engine, settings: Serve, key: str = "") -> FastAPI:
         headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
         return JSONResponse({"error": error}, status, headers)
 
+    async def read_to_its_end(request: Request) -> None:
+        """Take what is still sent: closed before, a connection is reset, and the answer lost with it."""
+        if request.headers.get("expect", "").lower() == "100-continue":
+            return  # it waits for leave to send
+        left = 2 * most
+        async for part in request.stream():
+            left -= len(part)
+            if left < 0:
+                return
+
     @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> JSONResponse:
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        if error.unread:
+            with suppress(asyncio.TimeoutError, ClientDisconnect):
+                await asyncio.wait_for(read_to_its_end(request), UNREAD_SECONDS)
         return told(error.status, error.message)
 
     @app.exception_handler(RequestValidationError)

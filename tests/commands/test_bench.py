@@ -14,7 +14,7 @@ import beit.commands.bench as bench
 from beit.checkpoints import load_model
 from beit.export import export
 from beit.flops import forward_flops
-from beit.graphs import installed, multiplies_bf16
+from beit.graphs import Output, installed, multiplies_bf16
 
 from .conftest import Done
 
@@ -84,6 +84,14 @@ def test_a_file_is_timed_in_the_precision_that_the_engine_computes_it_in(
     assert {row["precision"] for row in rows} == {"bf16" if multiplies_bf16() else "fp32"}
     assert all(row["share_of_ceiling"] > 0 for row in rows)
     assert rows[0]["peak_mib"] >= rows[1]["peak_mib"]
+
+
+def test_a_file_of_some_features_is_timed_at_these(finetuned: Done, tmp_path: Path) -> None:
+    file = tmp_path / "second.onnx"
+    model = load_model(finetuned.folder)
+    export(model, file, "onnx", Output("features", "cls", 2))
+    run, size, _ = bench.runner({"runtime": "file", "model": str(file), "threads": 1})
+    assert run(np.zeros((3, 3, *size), np.float32)).shape == (3, model.config.embed_dim)
 
 
 def test_a_wrong_file_is_named_before_anything_is_timed(cli: Cli, tmp_path: Path) -> None:

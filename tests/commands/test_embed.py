@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -459,6 +460,18 @@ def test_other_settings_are_refused_by_name(
     assert says in err
     assert "use the same pictures, model and settings to go on, or another folder" in err
     assert bytes_of(out) == unbroken
+
+
+@pytest.mark.parametrize("spelled", ["photos/", "./photos", "other/../photos"])
+def test_the_same_folder_spelled_otherwise_goes_on(
+    cli: Cli, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelled: str
+) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert cli("embed", "photos", model=model, out="v")[0] == 0
+    code, _, err = cli("embed", spelled, model=model, out="v")
+    assert (code, "made otherwise" in err) == (0, False), err
 
 
 def test_another_model_and_other_pictures_are_refused(

@@ -418,6 +418,17 @@ def test_a_report_that_cannot_be_written_is_named_before_the_work(
     assert "cannot write /nowhere/report.json: /nowhere is not a folder" in err
 
 
+@pytest.mark.parametrize("command", ["evaluate", "probe"])
+def test_numbers_are_not_written_over_the_model(
+    cli: Cli, finetuned: Done, shapes: Path, command: str
+) -> None:
+    config = finetuned.folder / "config.json"
+    before = config.read_bytes()
+    code, _, err = cli(command, shapes, model=finetuned.folder, out=config)
+    assert (code, config.read_bytes()) == (6, before)
+    assert f"cannot write {config}: it is what the command reads; name another file" in err
+
+
 def cases(shapes: Path, pretrained: Done, finetuned: Done, tmp_path: Path) -> dict[str, Any]:
     Image.new("RGB", (8, 8)).save(tmp_path / "alone.png")
     other = tmp_path / "other" / "hexagon"

@@ -65,6 +65,18 @@ def test_a_graph_of_any_size_answers_at_its_usual_one_and_says_what_it_takes(
     assert "3: disc; square; triangle" in out
 
 
+def test_a_report_is_not_written_over_something_else(
+    cli: Cli, shapes: Path, finetuned: Done, tmp_path: Path
+) -> None:
+    scores = tmp_path / "a.json"
+    scores.write_text('{"top1": 1}')
+    options = {"to": "onnx", "precision": "int8", "pictures": shapes, "out": tmp_path / "a.onnx"}
+    code, _, err = cli("export", finetuned.folder, **options)
+    assert code == 6
+    assert f"{scores}, where the report goes, is something else; name another graph file" in err
+    assert scores.read_text() == '{"top1": 1}'
+
+
 @pytest.mark.parametrize(
     ("wrong", "code", "cause"),
     [

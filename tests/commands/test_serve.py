@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,16 @@ def test_more_than_the_limit_is_refused_while_it_comes(server: Served) -> None:
             pass
         assert b" 413 " in line.recv(100)
     assert server.ask("GET", "/health")[2] == {"waiting": 0}
+
+
+def test_who_sends_it_all_before_reading_is_told_why_it_is_refused(server: Served) -> None:
+    """As urllib does: a connection that is closed before is reset, and the answer is lost."""
+    url = f"http://{server.host}:{server.port}/v1/classify"
+    for size, headers, code in ((21_000_000, {}, 413), (8_000_000, {"Origin": "http://evil"}, 403)):
+        with pytest.raises(urllib.error.HTTPError) as told:
+            urllib.request.urlopen(urllib.request.Request(url, bytes(size), headers), timeout=60)
+        assert told.value.code == code
+        told.value.close()
 
 
 def test_a_caller_that_goes_away_takes_no_place(server: Served) -> None:
