@@ -25,8 +25,8 @@ from beit.atomic import write_atomically
 from beit.data import ImageSource
 from beit.image import BadImage
 from beit.metrics import (
+    accuracy_interval,
     average_precision,
-    bootstrap_interval,
     calibration,
     confusion_matrix,
     log_softmax,
@@ -138,7 +138,7 @@ def headline(page: Page, answers: Answers, note: str = "") -> None:
         )
         return
     right = top_k_right(logits, truth)
-    low, high = bootstrap_interval(right)
+    low, high = accuracy_interval(right)
     page.section("Result", note)
     cells = {
         "right": f"{right.mean():.1%}",

@@ -180,7 +180,7 @@ def export(
                 )
         report |= {"kind": output.kind, "precision": precision, "model_sha256": about.model_sha256}
         _move(made, file)
-    report["bytes"] = sum(part.stat().st_size for part in _parts(file))
+    report["bytes"] = sum(part.stat().st_size for part in parts_of(file))
     if precision == "int8":
         content = json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n"
         write_atomically(file.with_suffix(".json"), content)
@@ -304,7 +304,7 @@ def _write_onnx(program: Any, file: Path, about: About, half_size: bool) -> None
 
 def _write_openvino(program: Any, file: Path, about: About, half_size: bool) -> None:
     graph = import_openvino().convert_model(program)
-    _attention_in_parts(graph, about.config["embed_dim"] // about.config["num_heads"])
+    _attention_inparts_of(graph, about.config["embed_dim"] // about.config["num_heads"])
     graph.set_rt_info(about.to_json(), "beit")
     _save_openvino(graph, file, half_size)
 
@@ -318,7 +318,7 @@ def _save_openvino(graph: Any, file: Path, half_size: bool) -> None:
         raise OSError(errno.ENOSPC, "OpenVINO does not say why, a full disk most often") from error
 
 
-def _attention_in_parts(graph: Any, head_dim: int) -> None:
+def _attention_inparts_of(graph: Any, head_dim: int) -> None:
     """Write attention as products, bias and softmax: 3 % faster than as OpenVINO takes it apart itself."""
     from openvino import opset13 as opset
 
@@ -357,7 +357,8 @@ def _difference(
     return worst, largest
 
 
-def _parts(file: Path) -> list[Path]:
+def parts_of(file: Path) -> list[Path]:
+    """The files of a graph, in the order in which they are written; OpenVINO's has two."""
     return [file.with_suffix(".bin"), file] if file.suffix == ".xml" else [file]
 
 
@@ -366,7 +367,7 @@ def _move(made: Path, file: Path) -> None:
     last, so that there is never one beside another's .bin."""
     if made.suffix == ".xml":
         file.unlink(missing_ok=True)
-    for part, place in zip(_parts(made), _parts(file), strict=True):
+    for part, place in zip(parts_of(made), parts_of(file), strict=True):
         flush(part)
         os.replace(part, place)
 

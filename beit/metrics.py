@@ -38,15 +38,15 @@ def most_confused(confusion: np.ndarray, most: int = 10) -> list[tuple[int, int,
     return [(int(i), int(j), int(wrong[i, j])) for i, j in pairs if wrong[i, j]]
 
 
-def bootstrap_interval(right: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the mean of (n,) bools: 2.5 and 97.5 % of its resamples.
+def accuracy_interval(right: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the mean of (n,) bools: Wilson's (1927), for few answers too.
 
-    Drawing n of n answers with replacement counts the right ones of a binomial, so that is drawn. Seeded.
-    Where all are right, so are all resamples: of n pictures then say that at most 3 / n may be wrong.
+    A bootstrap's is too narrow there: of 13 right answers out of 13 it says 100 % to 100 %.
     """
-    draws = np.random.default_rng(0).binomial(len(right), right.mean(), resamples) / len(right)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
+    n, mean, z = len(right), float(right.mean()), 1.959964
+    centre, spread = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2)
+    low, high = ((centre + side * spread) / (1 + z * z / n) for side in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from beit.metrics import (
+    accuracy_interval,
     average_precision,
     binary_cross_entropy,
-    bootstrap_interval,
     calibration,
     codebook_use,
     confusion_matrix,
@@ -74,24 +74,20 @@ def test_accuracy_is_the_mean_of_the_right_ones() -> None:
     assert top_k_right(LOGITS, np.array([0, 2, 0]), 2).tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize(("right", "n"), [(90, 100), (499, 1000), (3, 15)])
-def test_bootstrap_interval_is_the_binomials(right: int, n: int) -> None:
-    """Resampling n of n answers counts the right ones of a binomial of their share."""
+@pytest.mark.parametrize(("right", "n"), [(90, 100), (499, 1000), (3, 15), (13, 13), (0, 1), (0, 7)])
+def test_the_interval_is_scipys(right: int, n: int) -> None:
     stats = pytest.importorskip("scipy.stats")
-    low, high = bootstrap_interval(np.arange(n) < right)
-    expected = stats.binom.ppf([0.025, 0.975], n, right / n) / n
-    assert [low, high] == pytest.approx(expected.tolist(), abs=1.01 / n)  # a picture
+    expected = stats.binomtest(right, n).proportion_ci(0.95, "wilson")
+    assert accuracy_interval(np.arange(n) < right) == pytest.approx(tuple(expected), abs=1e-6)
 
 
-def test_bootstrap_interval_is_that_of_resampling() -> None:
-    right = np.arange(200) < 150
-    rng = np.random.default_rng(1)
-    means = right[rng.integers(0, 200, (20_000, 200))].mean(axis=1)
-    assert bootstrap_interval(right) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.0051)
-
-
-def test_interval_of_what_is_all_right_is_all_right() -> None:
-    assert bootstrap_interval(np.ones(10, dtype=bool)) == (1.0, 1.0)
+@pytest.mark.parametrize(("n", "share"), [(13, 0.92), (50, 0.97), (100, 0.98), (500, 0.95)])
+def test_the_interval_holds_the_truth_as_often_as_it_says(n: int, share: float) -> None:
+    """Exactly, over all numbers of right answers there may be."""
+    chances = [math.comb(n, right) * share**right * (1 - share) ** (n - right) for right in range(n + 1)]
+    intervals = [accuracy_interval(np.arange(n) < right) for right in range(n + 1)]
+    held = sum(p for p, (low, high) in zip(chances, intervals, strict=True) if low <= share <= high)
+    assert 0.91 < held < 0.97
 
 
 def of_probabilities(rows: list[list[float]]) -> np.ndarray:

@@ -37,8 +37,8 @@ from beit.image import ImageSpec, Preset, preset_spec
 from beit.label_review import label_errors, suspects_of
 from beit.labelled import Side, in_order, with_truth
 from beit.metrics import (
+    accuracy_interval,
     average_precision,
-    bootstrap_interval,
     calibration,
     confusion_matrix,
     most_confused,
@@ -92,7 +92,8 @@ class Evaluate:
 
 def evaluate(settings: Evaluate) -> dict[str, Any]:
     """Score a classifier on labelled pictures."""
-    check_place(settings.out, model_files(settings.model), ".json")
+    read = [*model_files(settings.model), settings.data, settings.real_labels or settings.data]
+    check_place(settings.out, read, ".json")
     check_place(settings.report, ending=".html")
     engine = Engine(
         settings.model,
@@ -252,9 +253,9 @@ def scores(answers: Answers) -> dict[str, Any]:
     counts = confusion.sum(axis=1)
     return {
         "top1": float(right.mean()),
-        "top1_interval": bootstrap_interval(right),
+        "top1_interval": accuracy_interval(right),
         "top5": float(right5.mean()),
-        "top5_interval": bootstrap_interval(right5),
+        "top5_interval": accuracy_interval(right5),
         "nll": negative_log_likelihood(logits, labels),
         "ece": calibration(logits, labels).error,
         "per_class": {n: float(confusion[i, i] / counts[i]) for i, n in enumerate(classes) if counts[i]},

@@ -16,10 +16,10 @@ from cyclopts.types import PositiveInt
 from beit.atomic import check_place
 from beit.checkpoints import load_model
 from beit.data import open_source
-from beit.export import Target
+from beit.export import Target, parts_of
 from beit.export import export as write_graph
 from beit.graphs import SUFFIX_OF, EmbedPooling, Kind, Output
-from beit.hub import resolve, sha256_of
+from beit.hub import model_files, resolve, sha256_of
 from beit.image import BadImage, ImageSpec, preprocess
 from beit.plural import counted
 from beit.ranges import Share
@@ -61,8 +61,12 @@ class Export:
 def export(settings: Export) -> dict[str, Any]:
     """Write a graph file if it agrees with the model."""
     small = "-int8" if settings.precision == "int8" else ""
-    out = settings.out or Path(f"{Path(settings.model).stem}{small}{SUFFIX_OF[settings.to]}")
-    check_place(out)
+    name = Path(settings.model).name
+    known = (".run", ".pth", ".pt", ".pkl", ".bin", ".safetensors")
+    name = next((name.removesuffix(end) for end in known if name.endswith(end)), name)
+    out = settings.out or Path(f"{name}{small}{SUFFIX_OF[settings.to]}")
+    for file in (*parts_of(out), *([out.with_suffix(".json")] if small else [])):
+        check_place(file, model_files(settings.model))
     if settings.precision == "int8" and settings.pictures is None:
         raise ValueError("int8 is calibrated on pictures of the kind it will see: --pictures PLACE")
     model = load_model(settings.model, img_size=settings.img_size)

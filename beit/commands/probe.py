@@ -29,7 +29,7 @@ from beit.duplicates import duplicates, pixel_hash
 from beit.features import Pooling, default_layer, extract_features, layer_states, pooled, storage
 from beit.hub import model_files
 from beit.image import BadImage, preprocess
-from beit.metrics import bootstrap_interval
+from beit.metrics import accuracy_interval
 from beit.model import Beit
 from beit.names import printable
 from beit.plural import counted
@@ -267,7 +267,7 @@ def with_labels(features: Tensor, source: ImageSource, model: Beit) -> Labelled:
 def accuracy_of(predicted: Tensor, labels: Tensor) -> dict[str, Any]:
     """Share of right answers and its 95 % bootstrap interval over the pictures."""
     right = (predicted == labels).cpu().numpy()
-    return {"accuracy": float(right.mean()), "interval": bootstrap_interval(right)}
+    return {"accuracy": float(right.mean()), "interval": accuracy_interval(right)}
 
 
 def score_linear(fitted: Labelled, scored: Labelled, held_out: Tensor, classes: int) -> dict[str, Any]:

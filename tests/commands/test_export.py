@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Cli
+from safetensors.torch import load_file
 
 from beit.data import open_source
 from beit.engine import Engine
@@ -63,6 +66,30 @@ def test_a_graph_of_any_size_answers_at_its_usual_one_and_says_what_it_takes(
     assert "graph for onnx: classes" in out
     assert "32 x 32 pixels, and any size up to 64, patches of 8" in out
     assert "3: disc; square; triangle" in out
+
+
+@pytest.mark.parametrize("out", [None, "pytorch_model.xml"])
+def test_no_graph_is_written_over_the_weights(
+    cli: Cli, finetuned: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
+) -> None:
+    """OpenVINO's has two files, and one ends in .bin as PyTorch's weights do."""
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "pytorch_model.bin"
+    torch.save({"model": load_file(finetuned.folder / "model.safetensors")}, weights)
+    before = weights.read_bytes()
+    code, _, err = cli("export", weights, to="openvino", **({"out": out} if out else {}))
+    assert (code, weights.read_bytes()) == (6, before)
+    assert "cannot write pytorch_model.bin: it is what the command reads" in err
+
+
+def test_models_whose_names_have_dots_give_graphs_of_their_own(
+    cli: Cli, finetuned: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("flowers-1.0", "flowers-1.1.run"):
+        shutil.copytree(finetuned.folder, name)
+        assert cli("export", name, to="onnx")[0] == 0
+    assert {file.name for file in tmp_path.glob("*.onnx")} == {"flowers-1.0.onnx", "flowers-1.1.onnx"}
 
 
 def test_a_report_is_not_written_over_something_else(
