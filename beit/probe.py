@@ -34,6 +34,8 @@ DRAWS = 10
 FOLDS = 5  # of pictures, each judged by a probe of the others
 STUDENT_T = 2.262  # 97.5 % of its distribution for 10 draws
 
+MOST_STEPS = 500  # of L-BFGS; few, separable pictures take them all at the weakest penalties
+
 _BLOCK = 1 << 24  # numbers worked on at a time
 _KEPT = 1 << 28  # standardised features, 2 GiB in float64; more are made anew in each iteration
 
@@ -227,7 +229,7 @@ def _minimise(objective: Objective, theta: Tensor, curvature: Tensor, tolerance:
     which = torch.arange(len(theta), device=theta.device)
     loss, gradient = objective(theta, which)
     history: list[_Pair] = []
-    for _ in range(500):
+    for _ in range(MOST_STEPS):
         going = gradient.abs().amax(dim=1) > tolerance
         if not going.all():
             found[which[~going]] = theta[~going]

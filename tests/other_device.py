@@ -163,8 +163,10 @@ def plug_in() -> None:
 
 
 if __name__ == "__main__":
+    import beit.probe
     from beit.cli import app
 
+    beit.probe.MOST_STEPS = 40  # as in the tests of commands
     plug_in()
     with Plugged():
         for words in json.load(sys.stdin):

@@ -20,6 +20,7 @@ import torch
 from conftest import ENVIRONMENT, command_line
 from safetensors.torch import load_file
 
+import beit.probe
 import beit.run
 from beit.cli import app
 from beit.run import Stopped
@@ -60,6 +61,14 @@ def run(out: Path, *words: str | Path, **options: object) -> Done:
         result = app(command_line(*words, out=out, **options))
     assert stdout.getvalue() == ""
     return Done(out, result, stderr.getvalue())
+
+
+@pytest.fixture(scope="package", autouse=True)
+def probes_of_few_steps() -> Iterator[None]:
+    """How a probe is fitted to its end is for test_probe.py beside this folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beit.probe, "MOST_STEPS", 40)
+        yield
 
 
 @pytest.fixture(scope="session")
