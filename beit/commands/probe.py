@@ -265,7 +265,7 @@ def with_labels(features: Tensor, source: ImageSource, model: Beit) -> Labelled:
 
 
 def accuracy_of(predicted: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Share of right answers and its 95 % bootstrap interval over the pictures."""
+    """Share of right answers and its 95 % interval."""
     right = (predicted == labels).cpu().numpy()
     return {"accuracy": float(right.mean()), "interval": accuracy_interval(right)}
 

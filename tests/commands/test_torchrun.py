@@ -17,6 +17,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, command_line
 from forked import beit, ranks
 
+from beit.data import batch_at, open_source
 from beit.run import read_metrics
 
 from .conftest import PRETRAIN, TOKENIZER, Done, run, same_weights
@@ -117,6 +118,25 @@ def test_two_processes_one_killed_then_both_stopped_end_bit_for_bit_as_if_not(
     broken, whole = (Done(folder, {}, "") for folder in (out, tmp_path / "whole"))
     same_weights(broken, whole)
     assert [m["loss"] for m in broken.metrics] == [m["loss"] for m in whole.metrics]
+
+
+def test_where_another_process_ends_the_main_one_saves(
+    shapes: Path, tmp_path: Path, short: dict[str, Any]
+) -> None:
+    """The second alone meets a picture that is none, in the third step."""
+    data, out = shutil.copytree(shapes / "train", tmp_path / "data"), tmp_path / "run"
+    source = open_source(data)
+    (_, met), *_ = batch_at(2, len(source), short["batch_size"], 0, rank=1, world=2)
+    Path(source.name(met)).write_bytes(b"none")
+    options = {**short, "max_bad_images": 0, "workers": 0, "seed": 0}
+    both = ranks(2, beit, *command_line("pretrain", data, out=out, **options))
+    said = [rank.communicate()[1] for rank in both]
+    assert both[1].returncode == 4
+    assert both[0].returncode not in (0, None)
+    assert "run: step 2 is saved" in said[0]
+    assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["step-00000002"]
+    went_on = run(out, "pretrain", data, **{**options, "max_bad_images": 0.1})
+    assert "going on from step 2 of 6" in went_on.said
 
 
 @pytest.mark.parametrize("kind", ["dvae", "vqkd"])
