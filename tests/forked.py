@@ -104,7 +104,7 @@ def ranks(number: int, work: Callable[..., None], *words: str | Path) -> list[Fo
 
 
 def beit(*words: str) -> None:
-    """`beit ...`, as its program does."""
+    """`beit ...`, as its program does it."""
     from beit.cli import main
 
     sys.argv = ["beit", *words]

@@ -162,15 +162,20 @@ def plug_in() -> None:
     torch.inference_mode = torch.no_grad  # type: ignore[assignment, misc]
 
 
-if __name__ == "__main__":
+def answer(commands: str) -> None:
+    """Run commands, a JSON list of lists of words; prints what each returns and how often it waited."""
     import beit.probe
     from beit.cli import app
 
     beit.probe.MOST_STEPS = 40  # as in the tests of commands
     plug_in()
     with Plugged():
-        for words in json.load(sys.stdin):
+        for words in json.loads(commands):
             with contextlib.redirect_stdout(sys.stderr):
                 result = app(words)
             print(json.dumps([result, len(waits)], default=str), flush=True)
             waits.clear()
+
+
+if __name__ == "__main__":
+    answer(sys.stdin.read())

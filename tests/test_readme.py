@@ -7,10 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import Forked
+from forked import beit as beit_command
 from PIL import Image
 
 import beit
@@ -67,13 +70,26 @@ def run(arguments: list[str], place: Path) -> subprocess.CompletedProcess[str]:
     return result
 
 
+def there(place: str, *words: str) -> None:
+    """`beit ...` in a folder."""
+    os.chdir(place)
+    warnings.simplefilter("ignore")
+    beit_command(*words)
+
+
 def test_the_commands_of_the_readme_run_in_their_order(place: Path) -> None:
     lines = [line for block in blocks("console") for line in block.splitlines()]
     assert len(lines) >= 6
     for line in lines:
         prompt, program, *words = shlex.split(line)
         assert (prompt, program) == ("$", "beit")
-        run(["-m", "beit", *words, *shlex.split(SHORTER.get(words[0], ""))], place)
+        words += shlex.split(SHORTER.get(words[0], ""))
+        if line == lines[0]:
+            run(["-m", "beit", *words], place)
+            continue
+        process = Forked(there, place, *words)
+        _, complained = process.communicate()
+        assert process.returncode == 0, complained
     assert (place / "out.csv").read_text().count("\n") == 1 + 8
 
 

@@ -9,7 +9,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -20,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENVIRONMENT, Cli, command_line, write_shapes
+from conftest import Cli, command_line, write_shapes
+from forked import beit as beit_command
+from forked import ranks
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -391,15 +392,11 @@ def test_two_processes_train_what_one_does(shapes: Path, tmp_path: Path) -> None
     """The augmentation of a picture does not depend on who prepares it; a mix of pictures does."""
     options = {**MINI, "rand_augment": 9, "ema_decay": 0.9, "log_every": 1}
     one = run(tmp_path / "one", "finetune", shapes, **options)
-    words = command_line("finetune", shapes, **options, out=tmp_path / "two")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(Path(__file__).with_name("one_of_two.py")), *words],
-        env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    two = Done(tmp_path / "two", {}, done.stderr)
-    assert done.stderr.count("a fresh network, nothing is loaded") == 1
+    both = ranks(2, beit_command, *command_line("finetune", shapes, **options, out=tmp_path / "two"))
+    said = "".join(rank.communicate()[1] for rank in both)
+    assert [rank.returncode for rank in both] == [0, 0], said
+    two = Done(tmp_path / "two", {}, said)
+    assert said.count("a fresh network, nothing is loaded") == 1
     assert [line["step"] for line in two.metrics] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in zip(two.metrics, one.metrics, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
@@ -505,18 +502,19 @@ def test_a_step_that_is_not_finite_moves_nothing(
         nonlocal calls
         calls += 1
         loss = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=self.smoothing)
-        return loss * math.nan if calls == 3 else loss
+        return loss * math.nan if calls == 6 else loss
 
     monkeypatch.setattr(Criterion, "__call__", spoiled)
     options = {**MINI, "save_every": 1, "keep_last": 10, "log_every": 1, "workers": 0}
     done = run(tmp_path / "run", "finetune", shapes, **options)
     before, after = (
-        load_file(done.folder / "checkpoints" / f"step-0000000{n}" / "model.safetensors") for n in (2, 3)
+        load_file(done.folder / "checkpoints" / f"step-0000000{n}" / "model.safetensors") for n in (5, 6)
     )
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
-    assert [line["skipped"] for line in done.metrics] == [0, 0, 0, 1, 1, 1]
-    assert (done.folder / "nonfinite" / "step-00000002").is_dir()
+    state = done.folder / "checkpoints" / "step-00000006" / "state.json"
+    assert json.loads(state.read_text())["skipped"] == 1
+    assert (done.folder / "nonfinite" / "step-00000005").is_dir()
 
 
 def test_speed_waiting_and_memory_are_logged(finetuned: Done) -> None:

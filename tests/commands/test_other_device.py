@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, command_line
+from forked import Forked
+from other_device import answer
 from safetensors.torch import load_file
 
 from beit.checkpoints import save
@@ -110,13 +112,10 @@ def run_all(device: str, todo: list[list[str]]) -> list[Any]:
 
 def on_the_device(todo: list[list[str]]) -> list[tuple[Any, int]]:
     """What each command returns there, and how often it waited for the device."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "other_device.py"], input=json.dumps(todo), text=True,
-        capture_output=True, env=ENVIRONMENT, timeout=600,
-    )  # fmt: skip
-    said = [line for line in done.stderr.splitlines() if "registered at" not in line]  # torch's tables
-    assert done.returncode == 0, "\n".join(said)[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    process = Forked(answer, json.dumps(todo))
+    out, said = process.communicate(600)
+    assert process.returncode == 0, said[-3000:]
+    return [json.loads(line) for line in out.splitlines()]
 
 
 @pytest.mark.parametrize("name", ["dvae", "vqkd", "v1", "v2", "pixels", "tuned"])
