@@ -333,6 +333,15 @@ def test_an_error_of_the_loop_ends_a_run_that_has_saved(
     assert again.seen[0] == 7
 
 
+def test_an_error_before_anything_was_learned_saves_nothing(tmp_path: Path) -> None:
+    def fail(*_: Any) -> float:
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        train(tmp_path / "run", poison=fail, poison_steps={0}).go()
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
 def test_an_error_while_the_weights_change_saves_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], unbroken: Any
 ) -> None:
@@ -754,6 +763,22 @@ def test_checkpoints_between_updates_that_are_left_out_are_put_off(
     twice = {"poison": lambda *_: math.nan, "poison_steps": {7, 8, 11}}
     train(tmp_path / "twice", frame=frame, **twice).go()
     assert written == [2, 4, 6, 10, 12]  # not 8; the last whatever it was
+    del written[:]
+    once = {"poison": lambda *_: math.nan, "poison_steps": {4}}
+    train(tmp_path / "once", frame={"max_skipped": 3, "save_every": 5}, **once).go()
+    assert written == [6, 10, 12]  # at the first update that is made again
+
+
+def test_a_stop_between_updates_that_are_left_out_saves(tmp_path: Path, answers: str) -> None:
+    poisoned = {"poison": lambda *_: math.nan, "poison_steps": {5, 6, 7}}
+    at = 8 if answers == "late" else 7
+    whole = train(tmp_path / "whole", **poisoned).go()
+    stopped = train(tmp_path / "run", stop_after=6, signal_number=signal.SIGTERM, **poisoned)
+    with pytest.raises(Stopped, match=f"stopped and saved at step {at} of 12"):
+        stopped.go()
+    again = train(tmp_path / "run", **poisoned)
+    same(again.go(), whole)
+    assert again.seen[0] == at
 
 
 @pytest.mark.parametrize("never", [(6, 7, 8), (6, 7, 8, 9)])
