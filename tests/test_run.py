@@ -333,13 +333,17 @@ def test_an_error_of_the_loop_ends_a_run_that_has_saved(
     assert again.seen[0] == 7
 
 
-def test_an_error_before_anything_was_learned_saves_nothing(tmp_path: Path) -> None:
-    def fail(*_: Any) -> float:
+@pytest.mark.parametrize(("step", "kept"), [(0, []), (7, ["step-00000004"])])
+def test_an_error_saves_neither_the_beginning_nor_what_is_not_finite(
+    tmp_path: Path, step: int, kept: list[str]
+) -> None:
+    def fail(training: Training, batch: Tensor) -> float:
+        training.model[0].weight.data.fill_(math.nan)
         raise ConnectionError
 
     with pytest.raises(ConnectionError):
-        train(tmp_path / "run", poison=fail, poison_steps={0}).go()
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+        train(tmp_path / "run", poison=fail, poison_steps={step}).go()
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == kept
 
 
 def test_an_error_while_the_weights_change_saves_nothing(
