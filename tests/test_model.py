@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import beit.model
+from beit.image import unilm_spec
 from beit.model import (
     VARIANTS,
     Beit,
@@ -579,12 +580,45 @@ def test_cached_bias_is_never_stale_after_a_rounding_there_and_back() -> None:
         assert torch.equal(model.relative_position_biases((14, 14))[0][0], gathered.permute(2, 0, 1))
 
 
+def test_a_config_for_one_task_leaves_the_heads_of_the_other() -> None:
+    config = replace(SMALL, early_layer=1)
+    assert config.for_classification(7).early_layer == 0
+    assert config.for_classification(7).for_pretraining(11).num_classes == 0
+    assert config.for_pretraining(11).early_layer == 1  # v2's second head is for this
+
+
+def test_a_rectangle_is_prepared_as_high_and_wide_as_it_is_and_cropped_by_its_longer_side() -> None:
+    spec = Beit(replace(SMALL, img_size=(384, 224), patch_size=16)).image_spec
+    assert spec == replace(unilm_spec(384), size=(384, 224))
+    assert spec.crop_ratio != unilm_spec(224).crop_ratio
+
+
 @torch.no_grad()
 def test_a_deep_copy_leaves_the_cache_of_the_original_right() -> None:
     model = randomise(Beit(SMALL))
     model(images(2, 3, 32, 32))
     a_deep_copy_that_is_changed(model)
     agrees_with_a_fresh_model(model)
+
+
+@torch.no_grad()
+def test_biases_of_the_last_few_grids_are_kept_and_none_in_training() -> None:
+    model = randomise(Beit(SMALL))
+    for height in range(16, 8 * (beit.model.KEPT_GRIDS + 4), 8):
+        model(images(1, 3, height, 32))
+    heights = [grid[0] for grid in model._bias_cache]
+    assert heights == list(range(heights[-1] - beit.model.KEPT_GRIDS + 1, heights[-1] + 1))
+    model.train()
+    assert model._bias_cache == {}
+
+
+def test_only_a_training_computes_activations_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomise(Beit(SMALL))
+    model.gradient_checkpointing = True
+    monkeypatch.setattr(beit.model, "checkpoint", None)
+    model(images(1, 3, 32, 32)).sum().backward()
+    with pytest.raises(TypeError):
+        model.train()(images(1, 3, 32, 32))
 
 
 # --- Any size ------------------------------------------------------------------------------------
