@@ -580,6 +580,12 @@ def test_cached_bias_is_never_stale_after_a_rounding_there_and_back() -> None:
         assert torch.equal(model.relative_position_biases((14, 14))[0][0], gathered.permute(2, 0, 1))
 
 
+def test_a_size_read_from_json_is_the_same_config() -> None:
+    listed = replace(SMALL, img_size=[32, 48])  # type: ignore[arg-type]
+    assert listed == replace(SMALL, img_size=(32, 48))
+    assert hash(listed) == hash(replace(SMALL, img_size=(32, 48)))
+
+
 def test_a_config_for_one_task_leaves_the_heads_of_the_other() -> None:
     config = replace(SMALL, early_layer=1)
     assert config.for_classification(7).early_layer == 0
