@@ -752,7 +752,7 @@ def test_a_layer_that_does_not_exist_is_refused(index: int) -> None:
         ({"embed_dim": 50}, "embed_dim 50 is not a multiple of num_heads 4"),
         ({"img_size": 230, "patch_size": 16}, "img_size 230 is not a multiple of.*use 224 or 240"),
         ({"img_size": (32, 36)}, "img_size 36 is not a multiple of patch_size 8; use 32 or 40"),
-        ({"drop_path_rate": 1.0}, "drop_path_rate 1.0"),
+        ({"drop_path_rate": 1.0}, "drop_path 1.0 is not from 0 to below 1"),
         ({"early_layer": 4}, "early_layer 4 is not a block of depth 3"),
         ({"early_layer": 2, "head_layers": 0}, "head_layers 0 must be 1 or more; 2 are usual"),
     ],
