@@ -404,8 +404,9 @@ class BadImages:
                 "there? When it is, the same command goes on"
             )
         allowed = math.ceil(self.budget * self.num_samples)
-        counting = [b for b in self.found.values() if b.sample < self.num_samples]
-        if bad and len(counting) > allowed:  # also those of before, given the command again
+        # Also those of before, where the command is given again; none where none was met.
+        counting = [b for b in self.found.values() if bad and b.sample < self.num_samples]
+        if len(counting) > allowed:
             raise TooManyBadImages(
                 f"{len(counting):,} of {counted(self.num_samples, 'picture')} cannot be read, where "
                 f"{self.budget:.1%} ({allowed:,}) may: {_shown(counting)}; all are listed in "

@@ -304,7 +304,7 @@ def _write_onnx(program: Any, file: Path, about: About, half_size: bool) -> None
 
 def _write_openvino(program: Any, file: Path, about: About, half_size: bool) -> None:
     graph = import_openvino().convert_model(program)
-    _attention_inparts_of(graph, about.config["embed_dim"] // about.config["num_heads"])
+    _attention_in_parts(graph, about.config["embed_dim"] // about.config["num_heads"])
     graph.set_rt_info(about.to_json(), "beit")
     _save_openvino(graph, file, half_size)
 
@@ -318,7 +318,7 @@ def _save_openvino(graph: Any, file: Path, half_size: bool) -> None:
         raise OSError(errno.ENOSPC, "OpenVINO does not say why, a full disk most often") from error
 
 
-def _attention_inparts_of(graph: Any, head_dim: int) -> None:
+def _attention_in_parts(graph: Any, head_dim: int) -> None:
     """Write attention as products, bias and softmax: 3 % faster than as OpenVINO takes it apart itself."""
     from openvino import opset13 as opset
 

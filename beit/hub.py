@@ -11,10 +11,12 @@ from __future__ import annotations
 import difflib
 import errno
 import hashlib
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -192,8 +194,8 @@ SIZES = (
 
 # --- Names to files ------------------------------------------------------------------------------
 
-CONFIGS = ["config.json", "preprocessor_config.json"]
 # What is read of a folder: nothing else in it, such as a page or a graph, is of the model.
+CONFIGS = ["config.json", "preprocessor_config.json"]
 SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 
@@ -348,22 +350,23 @@ def _check_released(file: Path) -> None:
         )
 
 
-def files_of(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files of a model's folder that patterns such as SAFETENSORS match, by their names."""
-    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
-
-
 def model_files(place: str) -> list[Path]:
-    """What is read of a model on this disk, so that no command writes over it."""
+    """What is read of a model on this disk: by this it is known, and no command writes over it."""
     folder = Path(place)
-    return files_of(folder, [*CONFIGS, *SAFETENSORS, *PICKLES]) if folder.is_dir() else [folder]
+    if not folder.is_dir():
+        return [folder]
+    files = {file for pattern in (*CONFIGS, *SAFETENSORS, *PICKLES) for file in folder.glob(pattern)}
+    for index in folder.glob("*.index.json"):  # shards may have any names
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            files |= {folder / name for name in json.loads(index.read_bytes())["weight_map"].values()}
+    return sorted(file for file in files if file.is_file())
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, or of a model folder's weight files one after another, in 64 hex digits."""
-    weights = [f for f in files_of(path, [*SAFETENSORS, *PICKLES]) if f.suffix != ".json"]
+    files = model_files(str(path))
     digest = hashlib.sha256()
-    for file in weights if path.is_dir() else [path]:
+    for file in (f for f in files if f.suffix != ".json") if path.is_dir() else files:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

@@ -103,7 +103,9 @@ class Validation:
         try:
             line = score(logits_of(self.engine, self.source), self.truth)
             if not math.isfinite(line["loss"]):
-                raise NotFinite(f"the loss on the validation pictures is {line['loss']}")
+                raise NotFinite(
+                    f"the loss on the validation pictures is {line['loss']}; a lower --lr may help"
+                )
         except (BadImage, NotFinite) as error:
             if not self.lines:
                 raise

@@ -334,6 +334,15 @@ def test_the_hash_of_a_model_is_of_all_that_decides(
         (model / name).write_text("of no matter")
     assert sha256_of(model) == sha256_of(model / "model.safetensors")
     assert model_sha256(model) == first
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "odd.safetensors"}}')
+    shards = [model_sha256(model)]
+    for content in (b"a", b"b"):  # it may name its shards as it likes
+        (model / "odd.safetensors").write_bytes(content)
+        shards.append(model_sha256(model))
+    assert len({first, *shards}) == 4
+    for name in ("odd.safetensors", "model.safetensors.index.json"):
+        (model / name).unlink()
     (model / "config.json").write_text("[]")
     second = model_sha256(model)
     (model / "model.safetensors").write_bytes(b"Weights")
