@@ -1,4 +1,5 @@
-"""The training commands under torchrun: two processes make what one makes, and one goes on from them."""
+"""The training commands over two processes, begun by torchrun or as srun does: they make what one makes,
+and one goes on from them."""
 
 from __future__ import annotations
 
